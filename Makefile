@@ -1,0 +1,42 @@
+# make            build ./run and ./train with whatever C compiler is here
+# make demo       train a small Chain-of-Experts on word problems, then ask it one
+# make test       everything that can be tested on this machine
+# make debug      run-debug and train-debug, with the address and undefined-behaviour sanitizers
+
+# -O3 unrolls and vectorises; -march=native uses the widest vectors this machine has (leave it out, or
+# name another -march, to build for another machine: make ARCH=). Never -ffast-math: it would let the compiler
+# reorder sums, and results would depend on how.
+CFLAGS ?= -O3
+ARCH   ?= -march=native
+WARN    = -Wall -Wextra -Wno-unused-function -Wno-unknown-pragmas   # each program uses a part of coe.c
+PYTHON ?= python3
+
+# OpenMP where the compiler has it (make OPENMP= goes without).
+OPENMP ?= $(shell echo 'int main(void){return 0;}' | $(CC) -fopenmp -x c - -o /dev/null 2>/dev/null && echo -fopenmp)
+BUILD   = $(CC) $(WARN) $(CFLAGS) $(ARCH) $(OPENMP)
+
+all: run train
+	@echo "built run and train with $(CC), $(if $(OPENMP),OpenMP,one thread: no OpenMP)"
+
+run: run.c coe.c
+	$(BUILD) -o $@ run.c -lm
+
+train: train.c coe.c
+	$(BUILD) -o $@ train.c -lm
+
+debug: run-debug train-debug
+%-debug: %.c coe.c
+	$(CC) $(WARN) -O1 -g -fsanitize=address,undefined -fno-sanitize-recover=undefined $(OPENMP) -o $@ $< -lm
+
+demo: run train
+	./train -o demo.bin --log demo.tsv
+	./run demo.bin -t 0 -i "$$(./train --show_val 1 | head -n 1)"
+
+test: run train
+	$(PYTHON) tests/run_all.py
+
+clean:
+	rm -f run train run-debug train-debug demo.bin demo.tsv
+	rm -rf build
+
+.PHONY: all debug demo test clean

@@ -1,0 +1,586 @@
+#!/usr/bin/env python3
+"""Checks ./run from the outside: against the golden numbers, and that whatever is wrong ends well.
+
+    python3 tests/test_run.py [./run]       the last line is "N passed, N failed"
+
+It needs nothing but Python: the model files are written here, from the description of the format in
+the README, so that the writer below and export.py check each other through the reader in coe.c.
+"""
+import json
+import math
+import os
+import random
+import signal
+import struct
+import subprocess
+import sys
+import tempfile
+from array import array
+from concurrent.futures import ThreadPoolExecutor
+
+HERE = os.path.dirname(os.path.abspath(__file__))
+GOLDEN = os.path.join(HERE, "golden")
+RUN = os.path.abspath(sys.argv[1] if len(sys.argv) > 1 else os.path.join(HERE, "..", "run"))
+
+passed = failed = 0
+
+
+def check(what, ok, detail=""):
+    global passed, failed
+    passed, failed = passed + bool(ok), failed + (not ok)
+    if not ok:
+        print(f"FAILED: {what}{': ' if detail != '' else ''}{str(detail)[:400]}")
+
+
+# ---- files ------------------------------------------------------------------------------------
+
+def read_safetensors(path):
+    """name -> (shape, numbers)"""
+    with open(path, "rb") as f:
+        data = f.read()
+    n, = struct.unpack_from("<Q", data)
+    tensors = {}
+    for name, t in json.loads(data[8:8 + n]).items():
+        if name != "__metadata__":
+            begin, end = t["data_offsets"]
+            numbers = array({"F32": "f", "I32": "i"}[t["dtype"]])
+            numbers.frombytes(data[8 + n + begin:8 + n + end])
+            tensors[name] = t["shape"], numbers
+    return tensors
+
+
+SLOTS = """vocab_size hidden_size intermediate_size moe_intermediate_size num_hidden_layers
+num_attention_heads n_shared_experts n_routed_experts num_experts_per_tok kv_lora_rank q_lora_rank
+qk_nope_head_dim qk_rope_head_dim v_head_dim inner_iter inner_residual outer_residual use_igate
+topk_method n_group topk_group norm_topk_prob routed_scaling_factor first_k_dense_replace
+moe_layer_freq aux_loss_alpha seq_aux rms_norm_eps rope_theta rope.type rope.factor
+rope.original_max_position_embeddings rope.beta_fast rope.beta_slow rope.mscale rope.mscale_all_dim
+max_position_embeddings attention_bias tie_word_embeddings initializer_range bos_token_id
+eos_token_id torch_dtype temperature top_k top_p min_p repetition_penalty add_bos_token""".split()
+REAL = """routed_scaling_factor aux_loss_alpha rms_norm_eps rope_theta rope.factor rope.beta_fast
+rope.beta_slow rope.mscale rope.mscale_all_dim initializer_range temperature top_p min_p
+repetition_penalty""".split()
+WORDS = {"topk_method": ["greedy", "group_limited_greedy"], "rope.type": [None, "linear", "yarn"],
+         "torch_dtype": ["float32", "bfloat16"]}
+NULL = {"bos_token_id": -1, "eos_token_id": -1, "n_group": 1, "topk_group": 1}     # others: 0
+DEFAULT = {"rope.factor": 1, "rope.original_max_position_embeddings": 4096, "rope.beta_fast": 32,
+           "rope.beta_slow": 1, "rope.mscale": 1, "rope.mscale_all_dim": 0, "temperature": -1,
+           "top_k": -1, "top_p": -1, "min_p": -1, "repetition_penalty": -1, "add_bos_token": 0}
+
+
+def tensor_list(c, upcycled):
+    """(name with {} for the copy, copies, rows, columns) in the order of the file."""
+    V, d, H, I = (c[k] for k in ("vocab_size", "hidden_size", "num_attention_heads",
+                                 "intermediate_size"))
+    R, r, f = c["kv_lora_rank"], c["q_lora_rank"] or 0, c["moe_intermediate_size"]
+    dn, dr, dv = c["qk_nope_head_dim"], c["qk_rope_head_dim"], c["v_head_dim"]
+    E, S, C = c["n_routed_experts"] or 0, c["n_shared_experts"] or 0, c["inner_iter"]
+    bias, own = c["attention_bias"], c["use_igate"]
+    yield "model.embed_tokens.weight", 1, V, d
+    for l in range(c["num_hidden_layers"]):
+        moe = E and l >= c["first_k_dense_replace"] and l % c["moe_layer_freq"] == 0
+        a, m = f"model.layers.{l}.self_attn.", f"model.layers.{l}.mlp."
+        yield f"model.layers.{l}.input_layernorm.weight", 1, 1, d
+        if r:
+            yield a + "q_a_proj.weight", 1, r, d
+            yield a + "q_a_proj.bias", bias, 1, r
+            yield a + "q_a_layernorm.weight", 1, 1, r
+            yield a + "q_b_proj.weight", 1, H * (dn + dr), r
+        else:
+            yield a + "q_proj.weight", 1, H * (dn + dr), d
+        yield a + "kv_a_proj_with_mqa.weight", 1, R + dr, d
+        yield a + "kv_a_proj_with_mqa.bias", bias, 1, R + dr
+        yield a + "kv_a_layernorm.weight", 1, 1, R
+        yield a + "kv_b_proj.weight", 1, H * (dn + dv), R
+        yield a + "o_proj.weight", 1, d, H * dv
+        yield a + "o_proj.bias", bias, 1, d
+        yield f"model.layers.{l}.post_attention_layernorm.weight", 1, 1, d
+        if moe:
+            yield m + ("gate.{}.weight" if own else "gate.weight"), C if own else 1, E, d
+            for part, rows, cols in (("gate", f, d), ("up", f, d), ("down", d, f)):
+                yield m + "experts.{}." + part + "_proj.weight", E, rows, cols
+            for part, rows, cols in (("gate", f * S, d), ("up", f * S, d), ("down", d, f * S)):
+                yield m + f"shared_experts.{part}_proj.weight", S > 0, rows, cols
+            yield m + "coe_weights.{}", (C - 1) * upcycled, 1, d
+        else:
+            for part, rows, cols in (("gate", I, d), ("up", I, d), ("down", d, I)):
+                yield m + f"{part}_proj.weight", 1, rows, cols
+    yield "model.norm.weight", 1, 1, d
+    yield "lm_head.weight", not c["tie_word_embeddings"], V, d
+
+
+def write_model(path, config, weight, tokenizer=0, upcycled=False):
+    """A model.bin; weight(name, size) gives the numbers of a tensor."""
+    c = {**DEFAULT, **config}
+    c |= {"rope." + key: value for key, value in (c.get("rope_scaling") or {}).items()}
+    body = b""
+    for name, copies, rows, cols in tensor_list(c, upcycled):
+        for e in range(copies):
+            body += array("f", weight(name.format(e), rows * cols)).tobytes()
+        body += bytes(-len(body) % 64)
+    slots = b"COE1" + struct.pack("<I", 1)
+    slots += struct.pack("<15q", 1024 + len(body), 0, 0, 0, 0, tokenizer, upcycled, *[0] * 8)
+    for name in SLOTS:
+        value = c.get(name)
+        if name in WORDS:
+            value = WORDS[name].index(value)
+        elif value is None:
+            value = NULL.get(name, 0)
+        slots += struct.pack("<d" if name in REAL else "<q", value)
+    with open(path, "wb") as f:
+        f.write(slots.ljust(1024, b"\0") + body)
+
+
+def write_golden(name, path):
+    """The golden model of a name as a model.bin; returns its config and golden tensors."""
+    folder = os.path.join(GOLDEN, name)
+    with open(os.path.join(folder, "config.json")) as f:
+        config = json.load(f)
+    weights = read_safetensors(os.path.join(folder, "model.safetensors"))
+    used = set()
+
+    def weight(name, size):
+        used.add(name)
+        assert math.prod(weights[name][0]) == size, name
+        return weights[name][1]
+    write_model(path, config, weight, upcycled=any(".coe_weights." in k for k in weights))
+    check(f"{name}: all tensors are written", used == weights.keys(), weights.keys() - used)
+    return config, read_safetensors(os.path.join(folder, "golden.safetensors"))
+
+
+TINY = {"vocab_size": 258, "hidden_size": 12, "intermediate_size": 10, "moe_intermediate_size": 6,
+        "num_hidden_layers": 2, "num_attention_heads": 2, "n_shared_experts": 1,
+        "n_routed_experts": 4, "num_experts_per_tok": 2, "kv_lora_rank": 6, "q_lora_rank": None,
+        "qk_nope_head_dim": 4, "qk_rope_head_dim": 4, "v_head_dim": 4, "inner_iter": 2,
+        "inner_residual": True, "outer_residual": False, "use_igate": True,
+        "topk_method": "greedy", "norm_topk_prob": False, "routed_scaling_factor": 1.0,
+        "first_k_dense_replace": 0, "moe_layer_freq": 1, "aux_loss_alpha": 0.001, "seq_aux": True,
+        "rms_norm_eps": 1e-6, "rope_theta": 10000.0, "max_position_embeddings": 64,
+        "attention_bias": False, "tie_word_embeddings": False, "initializer_range": 0.02,
+        "bos_token_id": 256, "eos_token_id": 257, "torch_dtype": "float32", "add_bos_token": 1}
+
+
+def write_tiny(path, tokenizer=1, spoil=None, **config):
+    """A model of random weights, for bytes. The tensor called `spoil` gets a NaN."""
+    rng = random.Random(1)
+
+    def weight(name, size):
+        if size and name == spoil:
+            return [math.nan] * size
+        if "norm" in name:
+            return [1.0] * size
+        return [rng.gauss(0, 0.5) for _ in range(size)]
+    write_model(path, TINY | config, weight, tokenizer)
+    return path
+
+
+# ---- running ----------------------------------------------------------------------------------
+
+class Result:
+    def __init__(self, code, out, err):
+        self.code, self.raw, self.out = code, out, out.decode("utf-8", "replace")
+        self.err = err.decode("utf-8", "replace")
+        self.errors = [line for line in self.err.splitlines() if line.startswith("run: ")]
+
+    def ids(self):
+        return [int(x) for x in self.out.split()]
+
+    def values(self):
+        return dict(line.split(" ", 1) for line in self.out.splitlines())
+
+    def __str__(self):
+        return f"exit {self.code}, stdout {self.out[:80]!r}, stderr {self.err[-300:]!r}"
+
+
+def run(*args, threads=1, timeout=30, **more):
+    command = [RUN, *map(str, args)] + ([f"--threads={threads}"] if threads else [])
+    more = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "stdin": subprocess.DEVNULL} | more
+    try:
+        done = subprocess.run(command, timeout=timeout, **more)
+    except subprocess.TimeoutExpired:
+        return Result("timeout", b"", b"")
+    return Result(done.returncode, done.stdout or b"", done.stderr or b"")
+
+
+def text_of(ids):
+    return " ".join(map(str, ids))
+
+
+def read_floats(path):
+    numbers = array("f")
+    with open(path, "rb") as f:
+        numbers.frombytes(f.read())
+    return numbers
+
+
+def cross_entropy(logits, target):
+    top = max(logits)
+    return top + math.log(sum(math.exp(x - top) for x in logits)) - logits[target]
+
+
+def furthest(a, b):
+    return max((abs(x - y) if x == x else math.inf for x, y in zip(a, b, strict=True)), default=0)
+
+
+# ---- the model, against the reference ------------------------------------------------------------
+
+def test_golden(name, folder):
+    model, table = os.path.join(folder, name + ".bin"), os.path.join(folder, name + ".tsv")
+    logits_file = os.path.join(folder, name + ".logits")
+    config, golden = write_golden(name, model)
+    V, n, K = config["vocab_size"], golden["tokens"][0][1], config["num_experts_per_tok"]
+    tokens, targets, logits = (golden[k][1] for k in ("tokens", "targets", "logits"))
+    scale, loss, worst_weight = max(map(abs, logits)), 0, 0
+    worst = 0
+    for b in range(2):
+        sequence = [*tokens[b * n:(b + 1) * n], targets[(b + 1) * n - 1]]
+        r = run(model, "-m", "eval", "--ids", "-i", text_of(sequence), "--logits", logits_file,
+                "--trace", table)
+        check(f"{name}: eval", r.code == 0 and r.values()["tokens"] == str(n), r)
+        ours = read_floats(logits_file)
+        check(f"{name}: a row of logits for every token", len(ours) == (n + 1) * V, len(ours))
+        worst = max(worst, furthest(ours[:n * V], logits[b * n * V:(b + 1) * n * V]) / scale)
+        loss += float(r.values()["nll"]) / 2
+        with open(table) as f:
+            head, *lines = f.read().splitlines()
+        check(f"{name}: header of the trace",
+              head == "position\ttoken\tlayer\titeration\trank\texpert\tweight", head)
+        expected = []           # every layer with experts, position by position
+        for position in range(n):
+            for key in sorted(k for k in golden if k.startswith("routing") and "experts" in k):
+                _, layer, t, _ = key.split(".")
+                for rank in range(K):
+                    at = (b * n + position) * K + rank
+                    weight = golden[key.replace("experts", "weights")][1][at]
+                    expected.append(([position, sequence[position], int(layer), int(t), rank,
+                                      golden[key][1][at]], weight))
+        rows = [line.split("\t") for line in lines]
+        rows = [([*map(int, row[:6])], float(row[6])) for row in rows if int(row[0]) < n]
+        check(f"{name}: routing", [x for x, _ in rows] == [x for x, _ in expected],
+              [x for x in zip(rows, expected) if x[0][0] != x[1][0]][:1] or len(rows))
+        worst_weight = max(worst_weight, furthest([w for _, w in rows], [w for _, w in expected]))
+    check(f"{name}: logits", worst < 5e-5, f"{worst:.2e} of the largest")
+    check(f"{name}: weights of the experts", worst_weight < 1e-5, f"{worst_weight:.2e}")
+    with open(os.path.join(GOLDEN, name, "golden.json")) as f:
+        reference = json.load(f)
+    check(f"{name}: loss", abs(loss - reference["loss"]) < 1e-5, f"{loss}, {reference['loss']}")
+    greedy, p = list(golden["greedy"][1]), reference["prompt_tokens"]
+    for threads in (1, 2):
+        r = run(model, "--ids", "-t", 0, "--ignore-eos", "-n", reference["new_tokens"], "-i",
+                text_of(greedy[:p]), threads=threads)
+        check(f"{name}: greedy, {threads} threads", r.code == 0 and r.ids() == greedy, r)
+    r = run(model, "-m", "info")
+    names = {name.format(e): f"{rows}x{cols} f32" if rows > 1 else f"{cols} f32"
+             for name, copies, rows, cols in tensor_list({**DEFAULT, **config}, name == "upcycled")
+             for e in range(copies)}
+    values = r.values() if r.code == 0 else {}
+    check(f"{name}: info lists the tensors", names.items() <= values.items(),
+          names.items() - values.items())
+    check(f"{name}: info shows the config",
+          all(values.get(k) == str(config[k]) for k in ("vocab_size", "inner_iter")) and
+          not any("e-" in v for k, v in values.items() if "weight" not in k), r)
+    return worst, worst_weight
+
+
+# ---- eval ---------------------------------------------------------------------------------------
+
+def test_eval(folder):
+    model = write_tiny(os.path.join(folder, "tiny.bin"))
+    file, logits_file = os.path.join(folder, "text"), os.path.join(folder, "logits")
+    text = "Grüße, \0 <|endoftext|>\n".encode() + bytes([0xff, 0xc0, 0xaf])
+    with open(file, "wb") as f:
+        f.write(text)
+    ids = [256] + [b if isinstance(b, int) else b for b in text.replace(b"<|endoftext|>", b"\1")]
+    ids = [257 if b == 1 else b for b in ids]
+    r = run(model, "-m", "tokenize", "-f", file)
+    check("tokenize a file", r.code == 0 and r.ids() == ids[1:], r)
+    r = run(model, "-m", "eval", "-f", file, "--logits", logits_file)
+    logits, V = read_floats(logits_file), TINY["vocab_size"]
+    check("eval: logits of a text and its BOS", len(logits) == len(ids) * V, len(logits))
+    nats = sum(cross_entropy(logits[i * V:(i + 1) * V], ids[i + 1]) for i in range(len(ids) - 1))
+    values = {k: float(v) for k, v in r.values().items()}
+    expected = {"tokens": len(ids) - 1, "nll": nats / (len(ids) - 1),
+                "ppl": math.exp(nats / (len(ids) - 1)),
+                "bits_per_byte": nats / math.log(2) / len(text)}
+    check("eval: what it prints follows from the logits", values.keys() == expected.keys() and
+          all(abs(values[k] - expected[k]) < 1e-5 * expected[k] for k in expected),
+          (values, expected))
+    check("eval: 7 digits, no exponent", all(len(v.replace(".", "").lstrip("0")) >= 7 and
+          "e" not in v for k, v in r.values().items() if k != "tokens"), r)
+
+    long = [random.Random(2).randrange(V) for _ in range(50)]
+    with open(file, "w") as f:
+        f.write("\n".join(map(str, long)))
+    r = run(model, "-m", "eval", "--ids", "-f", file, "-c", 16, "--logits", logits_file, "--trace",
+            file + ".tsv")
+    windows, expected = read_floats(logits_file), array("f")
+    for start in range(0, 43, 8):
+        end = min(start + 16, 50)
+        run(model, "-m", "eval", "--ids", "-i", text_of(long[start:end]), "--logits", logits_file)
+        expected += read_floats(logits_file)[(len(expected) // V - start) * V:]
+    check("eval: windows", len(windows) == 50 * V and furthest(windows, expected) < 1e-5, r)
+    nats = sum(cross_entropy(expected[i * V:(i + 1) * V], long[i + 1]) for i in range(49))
+    check("eval: nll over windows", abs(float(r.values()["nll"]) - nats / 49) < 1e-5, r)
+    check("eval --ids has no bits_per_byte", "bits_per_byte" not in r.values(), r)
+    with open(file + ".tsv") as f:
+        positions = [int(line.split("\t")[0]) for line in f.readlines()[1:]]
+    check("eval: the trace has every token once", positions == [p for p in range(50) for _ in range(8)])
+
+    # 700 tokens are two chunks; fed one by one they give the same.
+    big = write_tiny(os.path.join(folder, "long.bin"), max_position_embeddings=1024)
+    long = [random.Random(3).randrange(V) for _ in range(700)]
+    one, two = (run(big, "-t", 0, "--ids", "--ignore-eos", "-n", 3, "-i", text_of(long[:k]))
+                for k in (700, 400))
+    check("a long prompt", one.code == 0 and len(one.ids()) == 703 and two.code == 0, one)
+    r = [run(big, "-m", "eval", "--ids", "-i", text_of(long), threads=t).out for t in (1, 2)]
+    check("eval: threads change nothing", r[0] == r[1] and r[0], r)
+
+    for what, args, code, lines in (
+            ("empty text", ("-i", ""), 0, "tokens 0\n"),
+            ("one id", ("--ids", "-i", "7"), 0, "tokens 0\n"),
+            ("no ids", ("--ids", "-i", " \n"), 0, "tokens 0\n")):
+        r = run(model, "-m", "eval", *args)
+        check(f"eval: {what}", r.code == code and r.out == lines, r)
+
+
+# ---- text ---------------------------------------------------------------------------------------
+
+def test_text(folder):
+    model = os.path.join(folder, "tiny.bin")
+    raw = run(model, "-i", "é", "-n", 60, "-s", 5, "--ignore-eos", "--ids", "-k", 0, "-t", 2,
+              "-i", "195 169")
+    out = run(model, "-i", "é", "-n", 60, "-s", 5, "--ignore-eos", "-k", 0, "-t", 2)
+    check("text begins with the prompt", out.code == 0 and out.out.startswith("é"), out)
+    # The text has BOS in front, the ids have not: other tokens, but text and ids of one run agree.
+    ids = run(model, "--ids", "-n", 60, "-s", 5, "--ignore-eos", "-k", 0, "-t", 2, "-i", "256 195 169")
+    expected = bytes(i for i in ids.ids() if i < 256).decode("utf-8", "replace") + "\n"
+    check("broken UTF-8 becomes U+FFFD", out.out == expected and "\ufffd" in expected, (out.out, expected))
+    check("stdout is UTF-8", out.raw.decode("utf-8", "strict") == out.out)
+    again = [run(model, "-i", "é", "-n", 60, "-s", 5, "--ignore-eos", "-k", 0, "-t", 2, threads=t)
+             for t in (1, 2)]
+    check("same seed, same text", all(r.raw == out.raw for r in again))
+    other = run(model, "-i", "é", "-n", 60, "-s", 6, "--ignore-eos", "-k", 0, "-t", 2)
+    check("other seed, other text", other.raw != out.raw and raw.raw != ids.raw)
+    for args in (("-p", 1e-9), ("-k", 1), ("--min-p", 1), ("-t", 1e-9), ("-t", 1e-40), ("-t", 0)):
+        r = run(model, "-i", "x", "-n", 20, *args)
+        greedy = run(model, "-i", "x", "-n", 20, "-t", 0)
+        check(f"{text_of(args)} is greedy", r.code == 0 and r.raw == greedy.raw, r)
+    seed = [line for line in run(model, "-n", 1).err.splitlines() if "seed" in line]
+    check("the seed is printed", seed and int(seed[0].split("seed ")[1]) > 0, seed)
+    prompt = "héllo ✓ 🙂 日本"
+    r = run(model, "-i", prompt, "-n", 0)
+    check("-n 0 prints the prompt", r.code == 0 and r.out == prompt + "\n", r)
+    r = run(model, "-i", prompt, "-n", -1, "--ignore-eos", "--ids", "-i", "1 2")
+    check("-n -1 fills the context", len(r.ids()) == 64, len(r.ids()))
+    r = run(model, "--ids", "-n", 2**40, "-c", 10, "--ignore-eos")
+    check("an empty prompt starts from BOS, -n 2^40 and -c", r.code == 0 and r.ids()[0] == 256 and
+          len(r.ids()) == 10, r)
+    r = run(model, "-i", "", "-n", 5)
+    check("an empty text starts from BOS", r.code == 0, r)
+    r = run(model, "-i", "a" * 65, "-n", 5)
+    check("a prompt longer than the context names both", r.code == 1 and "66" in r.err and "64" in r.err, r)
+    r = run(model, "-m", "tokenize", "-i", "")
+    check("tokenize nothing", r.code == 0 and r.out == "", r)
+    r = run(model, "-m", "tokenize", "-i", "a<|endoftext|><|beginoftext|><|end")
+    check("tokenize special tokens", r.ids() == [97, 257, 256, *b"<|end"], r)
+    stop = write_tiny(os.path.join(folder, "stop.bin"), eos_token_id=ids.ids()[5])
+    r = run(stop, "--ids", "-n", 60, "-s", 5, "-k", 0, "-t", 2, "-i", "256 195 169")
+    check("generate stops at EOS", r.ids() == ids.ids()[:6], r)
+    warm = write_tiny(os.path.join(folder, "warm.bin"), temperature=0.0, top_k=3, top_p=0.5,
+                      min_p=0.25, repetition_penalty=1.5)
+    r = run(warm, "-n", 3, "-k", 7, "-s", 1)
+    check("the model's own sampling options, the command line's first",
+          "temp 0, top-k 7, top-p 0.5, min-p 0.25, repeat-penalty 1.5, seed 1\n" in r.err, r)
+
+
+def test_stream(folder):
+    """What comes through the pipe at any time is whole characters."""
+    model = os.path.join(folder, "tiny.bin")
+    for seed in range(3):
+        with subprocess.Popen([RUN, model, "-n", "60", "-s", str(seed), "--ignore-eos", "-t", "3", "-k", "0"],
+                              stdout=subprocess.PIPE, stderr=subprocess.DEVNULL) as p:
+            broken = False
+            while part := os.read(p.stdout.fileno(), 65536):
+                try:
+                    part.decode("utf-8", "strict")
+                except UnicodeDecodeError:
+                    broken = True
+        check("streamed text is whole characters", not broken and p.returncode == 0)
+
+
+# ---- wrong usage -----------------------------------------------------------------------------------
+
+def test_usage(folder):
+    model = os.path.join(folder, "tiny.bin")
+    r = run("--help", threads=0)
+    check("--help", r.code == 0 and "--n-predict" in r.out and "256" in r.out and not r.err, r)
+    check("model.bin --help", run(model, "--help").out == r.out)
+    r = run("--version", threads=0)
+    check("--version", r.code == 0 and r.out.startswith("run "), r)
+    r = run("-t", "0", "-n", "4", "-i", "x", model, threads=0)
+    check("the model as the last argument", r.code == 0 and r.out.startswith("x"), r)
+    check("no arguments", run(threads=0).code == 2)
+    for args, name in (
+            (("-n", "abc"), "-n"), (("-n", "1.5"), "-n"), (("-n", "-2"), "-n"), (("-n", ""), "-n"),
+            (("-n", "1 "), "-n"), (("-n", " 1"), "-n"), (("-n", "9" * 30), "-n"),
+            (("--n-predict=x",), "n-predict"), (("-t", "nan"), "-t"), (("-t", "inf"), "-t"),
+            (("-t", "-1"), "-t"), (("-t", "1,5"), "-t"), (("--temp", "x"), "--temp"),
+            (("-p", "1.1"), "-p"), (("-p", "-0.1"), "-p"), (("--top-p", "nan"), "--top-p"),
+            (("--min-p", "2"), "--min-p"), (("-k", "-1"), "-k"), (("--repeat-penalty", "0"), "--repeat-penalty"),
+            (("-s", "18446744073709551616"), "-s"), (("-s", "x"), "-s"), (("-c", "-1"), "-c"),
+            (("-c", "65"), "ctx-size"), (("-m", "nothing"), "-m"), (("--mode", ""), "--mode"),
+            (("--threads", "1025"), "--threads"), (("--threads", "-1"), "--threads"),
+            (("--nothing",), "--nothing"), (("-z",), "-z"), (("-",), "-"), (("--",), "--"),
+            (("more.bin",), "more.bin"), (("-n",), "-n"), (("--trace",), "--trace"),
+            (("-i", "x", "-f", "y"), "--file"), (("--logits", "l"), "--logits"),
+            (("-m", "info", "--trace", "t"), "--trace"), (("-m", "eval"), "--file"),
+            (("-m", "tokenize"), "--file"), (("--ids", "-i", "1 x"), "--prompt"),
+            (("--ids", "-i", "1 258"), "258"), (("--ids", "-i", "-1"), "--prompt"),
+            (("--ids", "-i", "1,2"), "--prompt"), (("--ids", "-i", "9" * 40), "--prompt")):
+        r = run(model, *args, threads=0)
+        check(f"wrong usage: {text_of(args)}", r.code == 2 and len(r.errors) == 1 and name in r.errors[0]
+              and not r.out, r)
+    r = run(model, "-t", "1e-3", "-k", "1000000", "-n", "2")
+    check("top-k beyond the vocabulary", r.code == 0, r)
+
+
+def test_environment(folder):
+    model, here = os.path.join(folder, "tiny.bin"), lambda name: os.path.join(folder, name)
+    for threads in ("0", "1000", "x", "-1", "2,3"):
+        r = run(model, "-n", 2, "-t", 0, threads=0, env={**os.environ, "OMP_NUM_THREADS": threads})
+        check(f"OMP_NUM_THREADS={threads}", r.code == 0, r)
+    r = run(model, "-n", 2, "-t", "0.5", env={**os.environ, "LC_ALL": "de_DE.UTF-8"})
+    check("another locale", r.code == 0, r)
+    if os.path.exists("/dev/full"):
+        for args in (("-n", "3"), ("-m", "info"), ("--help",), ("-m", "tokenize", "-i", "a")):
+            with open("/dev/full", "wb") as full:
+                r = run(model, *args, stdout=full)
+            check(f"stdout is full: {text_of(args)}", r.code == 1 and "stdout" in r.err, r)
+        r = run(model, "-n", "3", "--trace", "/dev/full")
+        check("a full disk for --trace", r.code == 1 and "/dev/full" in r.err, r)
+    r = subprocess.run(["sh", "-c", f"'{RUN}' '{model}' -n 3 --trace '{here('t')}' >&-"], capture_output=True)
+    check("stdout is closed", r.returncode == 1 and not os.path.exists(here("t")), r)
+    r = subprocess.run(["sh", "-c", f"'{RUN}' '{model}' -n 3 <&- 2>&-"], capture_output=True)
+    check("stdin and stderr are closed", r.returncode == 0 and r.stdout, r)
+    r = subprocess.run(["sh", "-c", f"ulimit -s 256; '{RUN}' '{model}' -n 30"], capture_output=True)
+    check("a small stack", r.returncode == 0, r)
+    r = run(model, "-n", "3", "--trace", here("no/folder"))
+    check("--trace into no folder", r.code == 1 and "no/folder" in r.err, r)
+    with open(here("kept"), "w") as f:
+        f.write("old")
+    spoiled = write_tiny(here("nan.bin"), spoil="model.layers.1.mlp.experts.2.up_proj.weight")
+    r = run(spoiled, "-m", "eval", "-i", "x" * 40, "--logits", here("kept"))
+    check("NaN among the weights names the tensor", r.code == 1 and "layers.1.mlp.experts.2.up" in r.err, r)
+    with open(here("kept")) as f:
+        check("a failed run leaves the old file", f.read() == "old" and not os.path.exists(here("kept.tmp")))
+    r = run(spoiled, "-i", "x" * 40, "-n", 3)
+    check("NaN when generating", r.code == 1 and "layers.1" in r.err, r)
+    huge = write_tiny(here("huge.bin"), max_position_embeddings=1 << 30)
+    r = run(huge, "-n", 3)
+    check("a large context costs nothing until used", r.code == 0, r)
+    slow = write_tiny(here("slow.bin"), max_position_embeddings=1 << 16)
+    with subprocess.Popen([RUN, slow, "-n", "-1", "--ignore-eos", "--trace", here("t")],
+                          stdout=subprocess.PIPE, stderr=subprocess.DEVNULL) as p:
+        p.stdout.read(20)
+        p.send_signal(signal.SIGINT)
+        p.stdout.read()
+    check("SIGINT ends with 130", p.returncode == 130 and not os.path.exists(here("t.tmp")), p.returncode)
+    for mode in ("bench", "chat"):
+        r = run(model, "-m", mode)
+        check(f"-m {mode}", r.code == (mode == "chat") and len(r.errors) == (mode == "chat"), r)
+    r = run(write_tiny(here("one.bin"), max_position_embeddings=1), "-m", "bench")
+    check("bench in a context of 1", r.code == 0 and float(r.values()["decode_tok_s"]) > 0, r)
+    r = run(here("one.bin"), "-m", "eval", "--ids", "-i", "1 2 3")
+    check("eval in a context of 1", r.code == 0 and r.values()["tokens"] == "2", r)
+    dense = write_tiny(here("dense.bin"), n_routed_experts=None)
+    r = run(dense, "-n", 3, "--trace", here("t"))
+    with open(here("t")) as f:
+        check("a model without experts has an empty trace", r.code == 0 and len(f.readlines()) == 1, r)
+    bare = write_tiny(here("bare.bin"), tokenizer=0, bos_token_id=None)
+    for args in (("-i", "x"), (), ("-m", "eval", "-i", "x"), ("-m", "tokenize", "-i", "x")):
+        r = run(bare, *args)
+        check("no tokenizer: text is refused", r.code == 1 and len(r.errors) == 1 and "--ids" in r.err, r)
+    r = run(bare, "--ids", "-n", 3)
+    check("no BOS: an empty prompt is refused", r.code == 1 and "bos_token_id" in r.err, r)
+
+
+# ---- damaged files -------------------------------------------------------------------------------
+
+def ends_well(r, may_work):
+    return r.code in ((0, 1) if may_work else (1,)) and len(r.errors) == r.code
+
+
+def test_damage(folder):
+    with open(os.path.join(folder, "coe.bin"), "rb") as f:
+        good = f.read()
+    cases = []                                                  # what, bytes, whether it may work
+    for n in [*range(0, 1024, 31), 1023, 1024, 1025, 1088, len(good) // 2 // 64 * 64, len(good) - 1]:
+        cases.append((f"cut to {n} bytes", good[:n], False))
+    cases.append(("a byte too many", good + b"\0", False))
+    for slot in range(65):
+        nasty = [struct.pack("<q", v) for v in (0, 1, -1, 2**31 - 1, -2**31, 2**31, 2**32, 2**62, -2**63,
+                                                2**63 - 1, 1025, len(good) - 1, len(good) + 1)]
+        if slot >= 16 and SLOTS[slot - 16] in REAL:
+            nasty += [struct.pack("<d", v) for v in (0, 1, -1, math.nan, math.inf, -math.inf, 1e-300, 1e300)]
+        for value in nasty:
+            cases.append((f"slot {slot} is {value.hex()}", good[:8 * slot] + value + good[8 * slot + 8:], True))
+    rng = random.Random(4)
+    for _ in range(60):
+        spoiled = bytearray(good)
+        for _ in range(rng.randrange(1, 4)):
+            spoiled[8 * rng.randrange(1, 65) + rng.randrange(4)] = rng.choice((0, 1, 2, 7, 64, 128, 255))
+        cases.append(("several bytes: " + spoiled[:520].hex(), bytes(spoiled), True))
+    for what, head in (("magic", b"COE2"), ("the other endianness", b"1EOC"), ("GGUF", b"GGUF"),
+                       ("JSON", b'{"a": 1}'), ("HTML", b"<!DOCTYPE html>"),
+                       ("safetensors", struct.pack("<Q", 900) + b'{"a"'),
+                       ("LFS", b"version https://git-lfs.github.com/spec/v1\n")):
+        cases += [(what, head + good[len(head):], False), (what + ", short", head, False)]
+
+    def try_one(case):
+        number, (what, data, may_work) = case
+        path = os.path.join(folder, f"damaged{number}.bin")
+        with open(path, "wb") as f:
+            f.write(data)
+        r = run(path, "--ids", "-i", "1 2 3", "-n", 2, timeout=20)
+        os.remove(path)
+        return what, ends_well(r, may_work) and (r.code == 0 or path in r.err or "too large" in r.err), r
+    with ThreadPoolExecutor(3) as pool:
+        for what, ok, r in pool.map(try_one, enumerate(cases)):
+            check(f"damaged: {what}", ok, r)
+
+
+def test_not_models(folder):
+    here = lambda name: os.path.join(folder, name)
+    os.mkfifo(here("pipe"))
+    for path in (here("missing"), folder, here("pipe"), "/dev/zero", "/dev/null",
+                 os.path.join(GOLDEN, "coe", "config.json"), os.path.join(GOLDEN, "coe", "model.safetensors")):
+        r = run(path, "-n", 1, timeout=5)
+        check(f"not a model: {path}", ends_well(r, False) and path in r.err, r)
+    model = here("tiny.bin")
+    for path in (here("missing"), folder):
+        r = run(model, "-f", path, timeout=5)
+        check(f"not a prompt: {path}", ends_well(r, False) and path in r.err, r)
+    for text, at in (("1 2 258", "258"), ("1 2\n3 x", "x"), ("1 2 -3", "-3"), ("1\0002", "byte 0")):
+        with open(here("ids"), "w") as f:
+            f.write(text)
+        r = run(model, "--ids", "-f", here("ids"))
+        check(f"not ids: {text!r}", ends_well(r, False) and here("ids") in r.err and at in r.err, r)
+    if os.getuid():
+        os.chmod(here("ids"), 0)
+        check("no permission", ends_well(run(here("ids")), False))
+
+
+def main():
+    with tempfile.TemporaryDirectory() as folder:
+        print("deviations from the reference: logits (of the largest), weights of experts")
+        for name in sorted(os.listdir(GOLDEN)):
+            print(f"  {name:24} {'%.1e %.1e' % test_golden(name, folder)}")
+        for test in (test_eval, test_text, test_stream, test_usage, test_environment, test_damage,
+                     test_not_models):
+            test(folder)
+    print(f"{passed} passed, {failed} failed")
+    sys.exit(failed > 0)
+
+
+if __name__ == "__main__":
+    main()
