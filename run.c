@@ -1,8 +1,8 @@
 // run.c - runs a model.bin: continues a text, evaluates one, measures speed, shows what is inside.
 //
-// Read coe.c first; it is included as it stands, one program is one translation unit. What is left for
-// this file is everything around the model: the command line, text and token ids in and out, and one
-// function for each --mode. For the heart of it, read [4] and generate() in [5].
+// Read coe.c first; it is included as it stands: one program is one translation unit. What is left
+// for this file is everything around the model: the command line, text and token ids in and out,
+// and one function for each --mode. For the heart of it, read [4] and generate() in [5].
 //
 //   [1] options          [4] the model at work     [7] bench and info
 //   [2] text and tokens  [5] generate              [8] main
@@ -14,43 +14,43 @@ enum { INTERRUPTED = 130 };         // the exit code after control-C
 // ---- [1] options --------------------------------------------------------------------------------
 // A table as in [3] of coe.c: parsing, checks and --help follow from it.
 
-// kind, field, letter, name, least, most, words, value without it, help
+//    kind  field           letter name             least  most      words  otherwise
 #define OPTIONS(X) \
-    X(TEXT, prompt, 'i', "prompt", 0, 0, "", NULL, \
-      "the text to start from; empty: BOS") \
-    X(TEXT, file, 'f', "file", 0, 0, "", NULL, \
-      "the same from a file, its bytes as they are") \
-    X(INT, n_predict, 'n', "n-predict", -1, 1LL << 50, "", "256", \
-      "new tokens at most; -1: to the end of the context") \
-    X(NUM, temp, 't', "temp", 0, 1e9, "", "0.8", \
-      "temperature; 0: always the largest logit") \
-    X(INT, top_k, 'k', "top-k", 0, 1LL << 50, "", "40", \
-      "draw from the k most probable tokens; 0: all") \
-    X(NUM, top_p, 'p', "top-p", 0, 1, "", "0.95", \
-      "draw from the fewest with this sum; 1: all") \
-    X(NUM, min_p, 0, "min-p", 0, 1, "", "0", \
-      "least part of the largest probability; 0: off") \
-    X(NUM, repeat_penalty, 0, "repeat-penalty", 1e-6, 1e6, "", "1", \
-      "divides logits of tokens that occurred; 1: off") \
-    X(INT, seed, 's', "seed", -1, 1LL << 53, "", "-1", \
-      "random seed; -1: from the clock, printed") \
-    X(INT, ctx_size, 'c', "ctx-size", 0, 1 << 30, "", "0", \
-      "context in tokens; 0: what the work needs") \
-    X(WORD, mode, 'm', "mode", 0, 5, MODES, "generate", \
-      "what to do") \
-    X(FLAG, ids, 0, "ids", 0, 1, "", "false", \
-      "prompt, file and stdout are token ids, nothing added") \
-    X(FLAG, ignore_eos, 0, "ignore-eos", 0, 1, "", "false", \
-      "go on past the end-of-text token") \
-    X(TEXT, logits, 0, "logits", 0, 0, "", NULL, \
-      "eval: write float32 [tokens, vocab_size] to a file") \
-    X(TEXT, trace, 0, "trace", 0, 0, "", NULL, \
-      "eval, generate: write the chosen experts to a TSV file") \
-    X(INT, threads, 0, "threads", 0, 1024, "", "0", \
-      "threads; 0: OMP_NUM_THREADS, or one per processor") \
-    X(FLAG, help, 'h', "help", 0, 1, "", "false", \
-      "print this and exit") \
-    X(FLAG, version, 0, "version", 0, 1, "", "false", \
+    X(TEXT, prompt,         'i', "prompt",          0,     0,         "",    NULL,       \
+      "the text to start from; empty: BOS")                                              \
+    X(TEXT, file,           'f', "file",            0,     0,         "",    NULL,       \
+      "the same from a file, its bytes as they are")                                     \
+    X(INT,  n_predict,      'n', "n-predict",      -1,     1LL << 50, "",    "256",      \
+      "new tokens at most; -1: to the end of the context")                               \
+    X(NUM,  temp,           't', "temp",            0,     1e9,       "",    "0.8",      \
+      "temperature; 0: always the largest logit")                                        \
+    X(INT,  top_k,          'k', "top-k",           0,     1LL << 50, "",    "40",       \
+      "draw from the k most probable tokens; 0: all")                                    \
+    X(NUM,  top_p,          'p', "top-p",           0,     1,         "",    "0.95",     \
+      "draw from the fewest tokens whose probabilities reach this sum; 1: all")          \
+    X(NUM,  min_p,          0,   "min-p",           0,     1,         "",    "0",        \
+      "and from those with at least this part of the largest probability; 0: all")       \
+    X(NUM,  repeat_penalty, 0,   "repeat-penalty",  1e-6,  1e6,       "",    "1",        \
+      "divides the logits of tokens that occurred; 1: off")                              \
+    X(INT,  seed,           's', "seed",           -1,     1LL << 53, "",    "-1",       \
+      "random seed; -1: from the clock, printed")                                        \
+    X(INT,  ctx_size,       'c', "ctx-size",        0,     1 << 30,   "",    "0",        \
+      "context to allocate, in tokens; 0: what the work needs")                          \
+    X(WORD, mode,           'm', "mode",            0,     5,         MODES, "generate", \
+      "what to do")                                                                      \
+    X(FLAG, ids,            0,   "ids",             0,     1,         "",    "false",    \
+      "prompt, file and stdout are token ids; nothing is added to them")                 \
+    X(FLAG, ignore_eos,     0,   "ignore-eos",      0,     1,         "",    "false",    \
+      "go on past the end-of-text token")                                                \
+    X(TEXT, logits,         0,   "logits",          0,     0,         "",    NULL,       \
+      "eval: a file for the logits, float32 [tokens, vocab_size]")                       \
+    X(TEXT, trace,          0,   "trace",           0,     0,         "",    NULL,       \
+      "eval, generate: a TSV file for the experts that were chosen")                     \
+    X(INT,  threads,        0,   "threads",         0,     1024,      "",    "0",        \
+      "threads; 0: OMP_NUM_THREADS, or one per processor")                               \
+    X(FLAG, help,           'h', "help",            0,     1,         "",    "false",    \
+      "print this and exit")                                                             \
+    X(FLAG, version,        0,   "version",         0,     1,         "",    "false",    \
       "print the version and exit")
 
 #define MODES "generate|chat|eval|bench|info|tokenize"
@@ -63,8 +63,9 @@ typedef struct {
 } Settings;
 
 static const Key option_keys[] = {
-#define X(kind, field, letter, name, least, most, words, init, help) \
-    { name, letter, kind, (double)(least), (double)(most), words, init, help, offsetof(Settings, field) },
+#define X(kind, field, letter, name, least, most, words, otherwise, help) \
+    { name, letter, kind, (double)(least), (double)(most), words, otherwise, help, \
+      offsetof(Settings, field) },
     OPTIONS(X)
 #undef X
 };
@@ -79,22 +80,23 @@ enum {                              // OPTION_prompt, ...: their places in the t
 static const char USAGE[] =
     "usage: ./run MODEL.bin [options]\n"
     "\n"
-    "  ./run model.bin -i \"Once upon a time\"          continue a text\n"
-    "  ./run model.bin -t 0 -n 24 --ids -i \"5 17 3\"    the most probable token each time, as ids\n"
-    "  ./run model.bin -m eval -f text.txt            how well the model predicts a text\n"
-    "  ./run model.bin -m info                        what is in the file\n"
+    "  ./run model.bin -i \"Once upon a time\"           continue a text\n"
+    "  ./run model.bin -t 0 -n 24 --ids -i \"5 17 3\"    likeliest token each time, as ids\n"
+    "  ./run model.bin -m eval -f text.txt             how well the model predicts a text\n"
+    "  ./run model.bin -m info                         what is in the file\n"
     "\n"
     "options [what they may be; what they are otherwise]:\n";
 
 static const char NOTES[] =
     "\n"
-    "The sampling options (-t, -k, -p, --min-p, --repeat-penalty) are the model's own where its file has\n"
-    "some and the command line has none. The prompt is printed first, then what follows. Text gets BOS in\n"
-    "front where the model asks for it (add_bos_token); names of special tokens in it become their ids.\n"
-    "With --ids the end-of-text token that ends the output is printed, and so is BOS where it is the\n"
-    "prompt. eval prints tokens (predicted ones), nll (mean, in nats), ppl and bits_per_byte; what is\n"
-    "longer than the context is read in windows, half of each as context only. A row of --logits and a\n"
-    "position in --trace belong to one token of the input, BOS included where it is in front.\n";
+    "The sampling options (-t, -k, -p, --min-p, --repeat-penalty) are the model's own where its\n"
+    "file has some and the command line has none. The prompt is printed first, then what follows.\n"
+    "Text gets BOS in front where the model asks for it (add_bos_token); names of special tokens\n"
+    "in it become their ids. With --ids the end-of-text token that ends the output is printed as\n"
+    "well, and so is the BOS that stands in for an empty prompt.\n"
+    "eval prints tokens (predicted ones), nll (their mean, nats), ppl and bits_per_byte; what is\n"
+    "longer than the context is read in windows, half of each as context only. A row of --logits\n"
+    "and a position in --trace belong to one token of the input, its BOS included.\n";
 
 static void print_help(const Options *options) {
     fputs(USAGE, stdout);
@@ -104,32 +106,25 @@ static void print_help(const Options *options) {
 
 // ---- [2] text and tokens ------------------------------------------------------------------------
 
-// A run of the program: everything that its parts share.
-typedef struct {
+typedef struct {                    // a run of the program: everything that its parts share
     Settings set;
     unsigned char given[OPTION_COUNT];  // which options the user wrote
-    const char *path;                   // of the model
+    const char *path;               // of the model
     Model model;
     State state;
-    size_t context;                     // positions that state has room for
-    int *tokens;                        // the input; in generate, what follows too
-    size_t n_tokens;                    // of the input
-    size_t text_bytes;                  // of the input, where it is a text
-    real *logits;                       // (LOGIT_ROWS, V), in generate (V)
-    uint64_t hash;                      // of the logits computed last
+    size_t context;                 // positions that the state has room for
+    int *tokens;                    // the input; in generate, what follows too
+    size_t n_tokens;                // of the input
+    size_t text_bytes;              // of the input, where it is a text
+    real *logits;                   // (LOGIT_ROWS, V) in eval, else (V)
+    uint64_t hash;                  // of the logits computed last
 } Run;
 
-static volatile sig_atomic_t interrupted;
+static size_t min_size(size_t a, size_t b) { return a < b ? a : b; }
 
-// Control-C: the work stops at the next token; a second one ends the program at once.
-static void on_interrupt(int signal_number) {
-    interrupted = 1;
-    signal(signal_number, SIG_DFL);
-}
-
-// A number for people and scripts alike: 9 significant digits (float32 to the last bit), no exponent.
+// A number for people and scripts alike: 9 significant digits, enough for any float32; no exponent.
 static void print_number(FILE *to, double v) {
-    int whole = v != 0 && isfinite(v) ? (int)floor(log10(fabs(v))) + 1 : 1;     // digits before the point
+    const int whole = v != 0 && isfinite(v) ? (int)floor(log10(fabs(v))) + 1 : 1;   // before "."
     fprintf(to, "%.*f", whole < 9 ? 9 - whole : 0, v);
 }
 
@@ -141,12 +136,13 @@ static void print_value(const char *name, double v) {
 }
 static void print_count(const char *name, size_t n) { printf("%s %zu\n", name, n); }
 
-// Sends on what was printed. A full disk or a closed pipe is an error: nobody gets the result.
+// Sends off what was printed. A full disk or a closed pipe is an error: nobody gets the result.
 static void flush_stdout(void) {
-    if (fflush(stdout) || ferror(stdout)) fail(FAILED, "stdout: cannot be written: %s", strerror(errno));
+    if (fflush(stdout) || ferror(stdout))
+        fail(FAILED, "stdout: cannot be written: %s", strerror(errno));
 }
 
-// All bytes of a file, *n of them. It may be a pipe, so nobody is asked for its size.
+// All bytes of a file, *n of them. It may be a pipe, so nobody asks for its size.
 static char *read_file(const char *path, size_t *n) {
     const size_t most = (size_t)1 << 30;
     char *bytes = NULL;
@@ -155,8 +151,8 @@ static char *read_file(const char *path, size_t *n) {
     *n = 0;
     for (size_t room = 0, got = 1; got; *n += got) {
         if (*n == room) {
+            if (room == most) fail(FAILED, "%s: is longer than %zu bytes", path, most);
             room = room ? 2 * room : 1 << 16;
-            if (room > most) fail(FAILED, "%s: is longer than %zu bytes, the most that is read", path, most / 2);
             bytes = realloc(bytes, room);
             if (!bytes) fail(FAILED, "out of memory: %.1f MB for %s", (double)room / 1e6, path);
         }
@@ -167,9 +163,10 @@ static char *read_file(const char *path, size_t *n) {
     return bytes;
 }
 
-// Reads decimal ids with white space between them, all below `limit`; ids has room for n. Returns their
-// number. `where` and `code` are for errors.
-static size_t parse_ids(int *ids, const char *text, size_t n, int64_t limit, const char *where, int code) {
+// Reads decimal ids below `limit` with white space between them; ids has room for n. Returns how
+// many there are. `where` and `code` are for errors.
+static size_t parse_ids(int *ids, const char *text, size_t n, int64_t limit,
+                        const char *where, int code) {
     size_t count = 0;
     for (size_t i = 0; i < n; ) {
         if (isspace((unsigned char)text[i])) { i++; continue; }
@@ -178,9 +175,9 @@ static size_t parse_ids(int *ids, const char *text, size_t n, int64_t limit, con
         for (; i < n && isdigit((unsigned char)text[i]); i++)
             if (id < limit) id = 10 * id + text[i] - '0';
         if (i == first || (i < n && !isspace((unsigned char)text[i])) || id >= limit) {
-            while (i < n && i - first < 24 && isgraph((unsigned char)text[i])) i++;
-            fail(code, "%s: token %zu, at byte %zu, is \"%.*s\", must be an id, 0..%lld", where, count, first,
-                 (int)(i - first < 24 ? i - first : 24), text + first, (long long)limit - 1);
+            for (i = first; i < n && i < first + 24 && isgraph((unsigned char)text[i]); ) i++;
+            fail(code, "%s: token %zu, at byte %zu, is \"%.*s\", must be an id, 0..%lld", where,
+                 count, first, (int)(i - first), text + first, (long long)limit - 1);
         }
         ids[count++] = (int)id;
     }
@@ -190,29 +187,32 @@ static size_t parse_ids(int *ids, const char *text, size_t n, int64_t limit, con
 // Fills r->tokens from --prompt, --file or nothing, with BOS in front where it belongs.
 static void read_tokens(Run *r) {
     const Config *c = &r->model.config;
-    const char *where = r->set.file ? r->set.file : "--prompt";
-    size_t n = r->set.prompt ? strlen(r->set.prompt) : 0;
-    char *from_file = r->set.file ? read_file(r->set.file, &n) : NULL;
-    const char *text = from_file ? from_file : r->set.prompt;
-    if (!r->set.ids && r->model.tokenizer == NO_TOKENIZER)
-        fail(FAILED, "%s: has no tokenizer, so a text means nothing to it: --ids takes token ids", r->path);
+    const Settings *set = &r->set;
+    size_t n = set->prompt ? strlen(set->prompt) : 0;
+    char *from_file = set->file ? read_file(set->file, &n) : NULL;
+    const char *text = from_file ? from_file : set->prompt;
+    if (!set->ids && r->model.tokenizer == NO_TOKENIZER)
+        fail(FAILED, "%s: has no tokenizer and cannot read text: --ids takes token ids", r->path);
     r->tokens = allocate(product(sum(n, 1), sizeof(int)), "the tokens");
-    if (r->set.ids) {
-        r->n_tokens = parse_ids(r->tokens, text, n, c->vocab_size, where, r->set.file ? FAILED : WRONG_USAGE);
+    if (set->ids) {
+        const char *where = set->file ? set->file : "--prompt";
+        const int code = set->file ? FAILED : WRONG_USAGE;
+        r->n_tokens = parse_ids(r->tokens, text, n, c->vocab_size, where, code);
     } else {
-        const int bos = r->set.mode != TOKENIZE && c->add_bos_token && c->bos_token_id >= 0;
+        const int bos = set->mode != TOKENIZE && c->add_bos_token && c->bos_token_id >= 0;
         if (bos) r->tokens[0] = (int)c->bos_token_id;
         r->n_tokens = (size_t)bos + encode(r->tokens + bos, text, n, 1);
         r->text_bytes = n;
     }
-    if (r->set.mode == GENERATE && !r->n_tokens) {
-        if (c->bos_token_id < 0) fail(FAILED, "%s: has no bos_token_id to start from, and the prompt is empty", r->path);
+    if (set->mode == GENERATE && !r->n_tokens) {
+        if (c->bos_token_id < 0)
+            fail(FAILED, "%s: has no bos_token_id, so it needs a prompt to start from", r->path);
         r->tokens[r->n_tokens++] = (int)c->bos_token_id;
     }
     free(from_file);
 }
 
-// Tokens on their way to stdout, as text or, with --ids, as numbers.
+// Tokens on their way to stdout: as text or, with --ids, as numbers.
 typedef struct { int ids; size_t count; Utf8 text; } Printer;
 
 static void print_token(Printer *p, int id) {
@@ -222,13 +222,13 @@ static void print_token(Printer *p, int id) {
 }
 
 // ---- [3] output files ---------------------------------------------------------------------------
-// --logits and --trace are written under another name and renamed once they are complete: whoever finds
-// the file finds all of it. What is not a regular file (a pipe, /dev/stdout) is written to as it is.
+// --logits and --trace are written under another name and renamed once they are complete: whoever
+// finds the file finds all of it. What is no regular file (a pipe, /dev/null) is written directly.
 
 typedef struct { FILE *file; const char *path; char *temporary; } Output;
 static Output logits_output, trace_output;
 
-// Whatever ends the program early leaves no part of a file behind; registered with atexit.
+// Whatever ends the program early leaves no part of a file behind; for atexit.
 static void discard_outputs(void) {
     if (logits_output.temporary) remove(logits_output.temporary);
     if (trace_output.temporary) remove(trace_output.temporary);
@@ -263,88 +263,105 @@ static void output_open(Output *o, const char *path) {
 static void output_close(Output *o) {
     if (!o->file) return;
     const int broken = ferror(o->file);
-    if (fclose(o->file) || broken) fail(FAILED, "%s: cannot be written: %s", o->path, strerror(errno));
+    if (fclose(o->file) || broken)
+        fail(FAILED, "%s: cannot be written: %s", o->path, strerror(errno));
     if (!o->temporary) return;
 #ifdef _WIN32
     remove(o->path);            // rename does not replace there
 #endif
-    if (rename(o->temporary, o->path)) fail(FAILED, "%s: cannot be replaced: %s", o->path, strerror(errno));
+    if (rename(o->temporary, o->path))
+        fail(FAILED, "%s: cannot be replaced: %s", o->path, strerror(errno));
     release(o->temporary);
     o->temporary = NULL;
 }
 
 // ---- [4] the model at work ----------------------------------------------------------------------
-// Tokens go through the model in chunks of up to CHUNK, the cache carries what later ones need of earlier
-// ones. Logits are computed for few rows at a time: with a vocabulary of 100,000, 512 rows are 200 MB.
+// Tokens go through the model in chunks; what later ones need of earlier ones is in the cache.
+// Logits are computed for few rows at a time: 512 rows of a vocabulary of 100,000 are 200 MB.
 
 enum { CHUNK = 512, LOGIT_ROWS = 64 };
 
-// Memory for a context of up to `needed` positions, as far as the model and --ctx-size allow.
+static volatile sig_atomic_t interrupted;
+
+// Control-C: the work stops at the next token or chunk; a second one ends the program at once.
+static void on_interrupt(int signal_number) {
+    interrupted = 1;
+    signal(signal_number, SIG_DFL);
+}
+
+// The longest context there may be.
+static size_t context_limit(const Run *r) {
+    return (size_t)(r->set.ctx_size ? r->set.ctx_size : r->model.config.max_position_embeddings);
+}
+
+// Memory for a context of `needed` positions, or of what is allowed.
 static void make_room(Run *r, size_t needed, size_t logit_rows) {
     const Config *c = &r->model.config;
-    const size_t limit = (size_t)(r->set.ctx_size ? r->set.ctx_size : c->max_position_embeddings);
-    r->context = needed < limit ? needed : limit;
-    r->state = state_new(c, r->context < CHUNK ? r->context : CHUNK, r->context, 0);
-    r->logits = allocate(product(product(logit_rows, (size_t)c->vocab_size), sizeof(real)), "the logits");
+    const size_t n_logits = product(logit_rows, (size_t)c->vocab_size);
+    r->context = min_size(needed, context_limit(r));
+    r->state = state_new(c, min_size(r->context, CHUNK), r->context, 0);
+    r->logits = allocate(product(n_logits, sizeof(real)), "the logits");
 }
 
-// The trace of the forward() that ran last: one line for every expert that its rows `skip` .. n - 1 chose.
-// Row 0 is token number `index` of the input.
+// The trace of the forward() that ran last: a line for every expert that its rows from `skip` on
+// chose. Row 0 is token number `index` of the input.
 static void trace(const Run *r, size_t index, size_t n, size_t skip) {
     const Config *c = &r->model.config;
-    const size_t L = (size_t)c->num_hidden_layers, C = (size_t)c->inner_iter, K = (size_t)c->num_experts_per_tok;
+    const size_t L = (size_t)c->num_hidden_layers, C = (size_t)c->inner_iter,
+        K = (size_t)c->num_experts_per_tok;
+    FILE *file = trace_output.file;
     for (size_t row = skip; row < n; row++)
         for (size_t l = 0; l < L; l++)
-            for (size_t t = 0; is_moe(c, l) && t < C; t++) {
-                const Iteration *i = &r->state.layer[l].iteration[t];
+            for (size_t t = 0; is_moe(c, l) && t < C; t++)
                 for (size_t k = 0; k < K; k++) {
-                    fprintf(trace_output.file, "%zu\t%d\t%zu\t%zu\t%zu\t%d\t", index + row, r->tokens[index + row],
-                            l, t, k, i->expert[row * K + k]);
-                    print_number(trace_output.file, (double)i->weight[row * K + k]);
-                    putc('\n', trace_output.file);
+                    const Iteration *i = &r->state.layer[l].iteration[t];
+                    fprintf(file, "%zu\t%d\t%zu\t%zu\t%zu\t%d\t", index + row,
+                            r->tokens[index + row], l, t, k, i->expert[row * K + k]);
+                    print_number(file, (double)i->weight[row * K + k]);
+                    putc('\n', file);
                 }
-            }
 }
 
-// Runs n <= CHUNK tokens of the input, from number `index` on, at positions pos ... of the context. The
-// first `skip` of them were run before, in another window.
+// Runs n <= CHUNK tokens of the input, from number `index` on, at positions pos ... of the context.
+// The first `skip` of them have been run before, in another window.
 static void step(Run *r, size_t index, size_t n, size_t pos, size_t skip) {
     if (interrupted) exit(INTERRUPTED);
     forward(&r->model, &r->state, r->tokens + index, 1, n, pos);
     if (trace_output.file) trace(r, index, n, skip);
 }
 
-// Ends the program because the logits of a token are not finite, and names the tensor that is to blame.
+// Ends the program because the logits of a token are not finite; names the tensor that is to blame.
 static _Noreturn void not_finite(const Run *r, size_t index) {
     const Weights *w = &r->model.w;
     char name[128];
-    for (size_t i = 0; i < w->n_tensors; i++)
-        for (size_t e = 0; e < w->tensor[i].copies; e++)
-            for (size_t k = 0; k < w->tensor[i].rows * w->tensor[i].cols; k++) {
-                const double v = (double)at(&w->tensor[i], e)[k];
-                if (isfinite(v)) continue;
-                tensor_name(name, sizeof name, w, i, e);
-                fail(FAILED, "%s: %s holds %g at %zu, must be finite", r->path, name, v, k);
-            }
-    fail(FAILED, "%s: the logits of token %zu are not finite, though all weights are: they overflow", r->path, index);
+    for (size_t i = 0; i < w->n_tensors; i++) {
+        const Tensor *t = &w->tensor[i];
+        for (size_t k = 0; k < tensor_size(t); k++) {
+            if (isfinite(t->data[k])) continue;
+            tensor_name(name, sizeof name, w, i, k / (t->rows * t->cols));
+            fail(FAILED, "%s: %s holds %g, must be finite", r->path, name, (double)t->data[k]);
+        }
+    }
+    fail(FAILED, "%s: the logits of token %zu are not finite, though all weights are: an overflow",
+         r->path, index);
 }
 
-// r->logits of one row of the last step, which is token number `index`, and their hash (FNV-1a): two
-// builds or files that print the same one computed the same, to the last bit.
+// r->logits of one row of the last step, which is token number `index`, and their hash (FNV-1a):
+// two builds or machines that print the same one computed the same, to the last bit.
 static void last_logits(Run *r, size_t row, size_t index) {
     const size_t V = (size_t)r->model.config.vocab_size;
+    const unsigned char *bytes = (const unsigned char *)r->logits;
     logits_forward(&r->model, &r->state, r->logits, row, 1);
     r->hash = 0xCBF29CE484222325u;
-    for (size_t i = 0; i < V * sizeof(real); i++)
-        r->hash = (r->hash ^ ((const unsigned char *)r->logits)[i]) * 0x100000001B3u;
+    for (size_t i = 0; i < V * sizeof(real); i++) r->hash = (r->hash ^ bytes[i]) * 0x100000001B3u;
     for (size_t i = 0; i < V; i++)
         if (!isfinite(r->logits[i])) not_finite(r, index);
 }
 
 // ---- [5] generate -------------------------------------------------------------------------------
 
-// What a sampling option is: the user's value, else the model's own, else the table's. A model that has
-// none says -1, which is in no option's range.
+// What a sampling option is: the user's value, else the model's own, else the table's. A model
+// without its own says -1, which is in no option's range.
 static double resolve(const Run *r, int option, double value, double models) {
     const Key *k = &option_keys[option];
     return r->given[option] || !(models >= k->least && models <= k->most) ? value : models;
@@ -357,37 +374,40 @@ static Sampler sampler_new(const Run *r) {
     timespec_get(&now, TIME_UTC);
     const uint64_t clock_seed = (uint64_t)now.tv_sec * 1000000 + (uint64_t)now.tv_nsec / 1000;
     Sampler s = {
-        .temperature        = resolve(r, OPTION_temp, set->temp, c->temperature),
-        .top_k              = (int64_t)resolve(r, OPTION_top_k, (double)set->top_k, (double)c->top_k),
-        .top_p              = resolve(r, OPTION_top_p, set->top_p, c->top_p),
-        .min_p              = resolve(r, OPTION_min_p, set->min_p, c->min_p),
-        .repetition_penalty = resolve(r, OPTION_repeat_penalty, set->repeat_penalty, c->repetition_penalty),
-        .rng                = set->seed < 0 ? clock_seed : (uint64_t)set->seed,
+        .temperature = resolve(r, OPTION_temp, set->temp, c->temperature),
+        .top_k = (int64_t)resolve(r, OPTION_top_k, (double)set->top_k, (double)c->top_k),
+        .top_p = resolve(r, OPTION_top_p, set->top_p, c->top_p),
+        .min_p = resolve(r, OPTION_min_p, set->min_p, c->min_p),
+        .repetition_penalty = resolve(r, OPTION_repeat_penalty, set->repeat_penalty,
+                                      c->repetition_penalty),
+        .rng = set->seed < 0 ? clock_seed : (uint64_t)set->seed,
     };
-    fprintf(stderr, "sampling: temp %g, top-k %lld, top-p %g, min-p %g, repeat-penalty %g, seed %llu\n", s.temperature,
-            (long long)s.top_k, s.top_p, s.min_p, s.repetition_penalty, (unsigned long long)s.rng);
+    fprintf(stderr, "sampling: temp %g, top-k %lld, top-p %g, min-p %g, repeat-penalty %g, "
+            "seed %llu\n", s.temperature, (long long)s.top_k, s.top_p, s.min_p,
+            s.repetition_penalty, (unsigned long long)s.rng);
     return s;
-}
-
-// Speeds of a run on stderr: `first` tokens at once, then `n` one by one.
-static void print_speed(const Run *r, size_t first, double first_s, size_t n, double n_s) {
-    fprintf(stderr, "prompt: %zu tokens, %.1f tok/s; ", first, (double)first / first_s);
-    if (n) fprintf(stderr, "then %zu, %.1f tok/s; ", n, (double)n / n_s);
-    fprintf(stderr, "logits #%016llx\n", (unsigned long long)r->hash);
 }
 
 // Memory for the prompt and what follows it.
 static void make_room_to_generate(Run *r) {
-    const size_t longest = (size_t)r->model.config.max_position_embeddings;
-    const size_t limit = r->set.ctx_size ? (size_t)r->set.ctx_size : longest;
-    if (r->n_tokens > limit)
-        fail(FAILED, "the prompt is %zu tokens long, the context holds %zu (max_position_embeddings is %zu)",
-             r->n_tokens, limit, longest);
-    make_room(r, r->set.n_predict < 0 ? limit : r->n_tokens + (size_t)r->set.n_predict, 1);
+    const size_t limit = context_limit(r), prompt = r->n_tokens;
+    if (prompt > limit)
+        fail(FAILED, "the prompt is %zu tokens long, the context holds %zu (--ctx-size, at most "
+             "max_position_embeddings %lld)", prompt, limit,
+             (long long)r->model.config.max_position_embeddings);
+    make_room(r, r->set.n_predict < 0 ? limit : prompt + (size_t)r->set.n_predict, 1);
     int *tokens = allocate(product(r->context, sizeof(int)), "the tokens");
-    memcpy(tokens, r->tokens, r->n_tokens * sizeof(int));
+    memcpy(tokens, r->tokens, prompt * sizeof(int));
     release(r->tokens);
     r->tokens = tokens;
+}
+
+// Speeds on stderr: of the prompt, run all at once, and of the n tokens run one by one after it.
+static void print_speed(const Run *r, double prompt_s, size_t n, double n_s) {
+    const size_t prompt = r->n_tokens;
+    fprintf(stderr, "prompt: %zu tokens, %.1f tok/s; ", prompt, (double)prompt / prompt_s);
+    if (n) fprintf(stderr, "then %zu, %.1f tok/s; ", n, (double)n / n_s);
+    fprintf(stderr, "last logits #%016llx\n", (unsigned long long)r->hash);
 }
 
 // Continues the prompt token by token.
@@ -400,18 +420,20 @@ static void generate(Run *r) {
     unsigned char *seen = allocate(V, "the sampler");
     Printer printer = { .ids = r->set.ids != 0, .text.to = stdout };
     for (size_t i = 0; i < prompt; i++) {
-        seen[r->tokens[i]] = 1;
         print_token(&printer, r->tokens[i]);
+        seen[r->tokens[i]] = 1;
     }
     flush_stdout();
 
     const double start = seconds();
-    for (size_t pos = 0; pos < prompt; pos += CHUNK) step(r, pos, prompt - pos < CHUNK ? prompt - pos : CHUNK, pos, 0);
+    for (size_t pos = 0; pos < prompt; pos += CHUNK)
+        step(r, pos, min_size(prompt - pos, CHUNK), pos, 0);
     last_logits(r, (prompt - 1) % CHUNK, prompt - 1);
     const double middle = seconds();
     size_t n = prompt;
     while (n < r->context) {
-        const int id = sample(&sampler, r->logits, candidate, sampler.repetition_penalty == 1 ? NULL : seen, V);
+        const unsigned char *penalised = sampler.repetition_penalty == 1 ? NULL : seen;
+        const int id = sample(&sampler, r->logits, candidate, penalised, V);
         r->tokens[n++] = id;
         seen[id] = 1;
         print_token(&printer, id);
@@ -424,7 +446,7 @@ static void generate(Run *r) {
     utf8_flush(&printer.text, 1);
     putchar('\n');
     flush_stdout();
-    print_speed(r, prompt, middle - start, n > prompt ? n - prompt - 1 : 0, end - middle);
+    print_speed(r, middle - start, n > prompt ? n - prompt - 1 : 0, end - middle);
     release(candidate);
     release(seen);
     if (interrupted) exit(INTERRUPTED);
@@ -432,38 +454,39 @@ static void generate(Run *r) {
 
 // ---- [6] eval -----------------------------------------------------------------------------------
 
-// A line on stderr about how far the work is, at most every 2 seconds; on a terminal it redraws itself.
-// `last`: ends what was begun.
-static void progress(size_t done, size_t all, double nats, size_t predicted, int last) {
+// A line on stderr about how far the work is, every 2 seconds; on a terminal it redraws itself.
+// `last` ends what was begun.
+static void progress(size_t done, size_t all, double nll, int last) {
     static double next;
-    static int shown;
+    static int unfinished;
     const double now = seconds();
     if (next == 0) next = now + 2;
-    if (last ? !shown : now < next) return;
+    if (last ? !unfinished : now < next) return;
 #ifdef _WIN32
     const int terminal = 0;
 #else
     const int terminal = isatty(2);
 #endif
-    fprintf(stderr, "eval: %zu of %zu tokens, nll %.4f%s", done, all, predicted ? nats / (double)predicted : 0,
-            terminal && !last ? "\r" : "\n");
     next = now + 2;
-    shown = terminal && !last;
+    unfinished = terminal && !last;
+    fprintf(stderr, "eval: %zu of %zu tokens, nll %.4f%c", done, all, nll,
+            unfinished ? '\r' : '\n');
 }
 
-// Scores rows `skip` .. n - 1 of the last step, row 0 being token number `index`: writes their logits and
-// returns the sum of -log p(next token), where there is a next one.
+// Scores the rows from `skip` on of the last step, row 0 being token number `index`: writes their
+// logits and returns the sum of -log p(next token), where there is a next one.
 static double score(Run *r, size_t index, size_t n, size_t skip) {
     const size_t V = (size_t)r->model.config.vocab_size;
     double nats = 0, loss[LOGIT_ROWS];
     for (size_t first = skip; first < n; first += LOGIT_ROWS) {
-        const size_t rows = n - first < LOGIT_ROWS ? n - first : LOGIT_ROWS;
+        const size_t rows = min_size(n - first, LOGIT_ROWS);
         const int *target = r->tokens + index + first + 1;
         const size_t predicted = index + first + rows < r->n_tokens ? rows : rows - 1;
         logits_forward(&r->model, &r->state, r->logits, first, rows);
         if (logits_output.file) fwrite(r->logits, sizeof(real), rows * V, logits_output.file);
         #pragma omp parallel for if (worth_threads(rows * V))
-        for (size_t i = 0; i < predicted; i++) loss[i] = cross_entropy(r->logits + i * V, V, target[i]);
+        for (size_t i = 0; i < predicted; i++)
+            loss[i] = cross_entropy(r->logits + i * V, V, target[i]);
         for (size_t i = 0; i < predicted; i++) {
             if (!isfinite(loss[i])) not_finite(r, index + first + i);
             nats += loss[i];
@@ -472,32 +495,33 @@ static double score(Run *r, size_t index, size_t n, size_t skip) {
     return nats;
 }
 
-// How well the model predicts the input: every token but the first, each from what is before it. What is
-// longer than the context is read in windows that overlap by half: the first half of a window is there
-// as context for the second.
+// How well the model predicts the input: every token but the first, each from those before it. What
+// is longer than the context is read in windows that overlap by half: the first half of a window is
+// there as context for the second.
 static void evaluate(Run *r) {
     const size_t n = r->n_tokens, predicted = n ? n - 1 : 0;
     make_room(r, n ? n : 1, LOGIT_ROWS);
     const size_t stride = r->context > 1 ? r->context / 2 : 1;
+    const double begin = seconds();
     double nats = 0;
-    const double start_s = seconds();
     for (size_t start = 0, scored = 0; scored < n; start += stride) {
-        const size_t end = n - start < r->context ? n : start + r->context;
+        const size_t end = start + min_size(n - start, r->context);
         for (size_t i = start; i < end; i += CHUNK) {
-            const size_t rows = end - i < CHUNK ? end - i : CHUNK;
-            const size_t skip = scored <= i ? 0 : scored - i < rows ? scored - i : rows;
+            const size_t rows = min_size(end - i, CHUNK);
+            const size_t skip = scored > i ? min_size(scored - i, rows) : 0;
             step(r, i, rows, i - start, skip);
             nats += score(r, i, rows, skip);
-            progress(i + rows, n, nats, i + rows - 1, 0);
+            progress(i + rows, n, nats / (double)(i + rows), 0);
         }
         scored = end;
     }
-    progress(n, n, nats, predicted, 1);
-    fprintf(stderr, "eval: %.1f tok/s\n", (double)n / (seconds() - start_s));
+    const double nll = nats / (double)predicted;
+    progress(n, n, nll, 1);
+    fprintf(stderr, "eval: %.1f tok/s\n", (double)n / (seconds() - begin));
     print_count("tokens", predicted);
     if (!predicted) return;
-    print_value("nll", nats / (double)predicted);
-    print_value("ppl", exp(nats / (double)predicted));
+    print_value("nll", nll);
+    print_value("ppl", exp(nll));
     if (r->text_bytes) print_value("bits_per_byte", nats / log(2) / (double)r->text_bytes);
 }
 
@@ -520,66 +544,75 @@ static size_t cache_bytes(const Config *c) {
     return (size_t)(c->num_hidden_layers * (c->kv_lora_rank + c->qk_rope_head_dim)) * sizeof(real);
 }
 
-// Operations, 2 for each product and its sum, of n tokens at positions pos ... and the logits of the last
-// `rows` of them: the matrices, and attention to all that each token sees. See [9] of coe.c for which of
-// the two forms of attention is at work.
-static double operations(const Model *m, double n, double pos, double rows) {
+// Operations, a product and its sum being 2, for n tokens at positions pos ... and the logits of
+// the last one: the matrices, and attention to all that each token sees, in one of the two forms of
+// [9] in coe.c.
+static double operations(const Model *m, double n, double pos) {
     const Config *c = &m->config;
-    const int expanded = pos == 0 && n > 1;
-    const double head = (double)(c->vocab_size * c->hidden_size), seen = n * pos + n * (n + 1) / 2;
-    const double per_key = (double)(expanded ? c->qk_nope_head_dim + c->qk_rope_head_dim + c->v_head_dim
-                                             : 2 * c->kv_lora_rank + c->qk_rope_head_dim);
+    const double head = (double)(c->vocab_size * c->hidden_size);
+    const double heads = (double)(c->num_attention_heads * c->num_hidden_layers);
+    const double keys = n * pos + n * (n + 1) / 2;
+    const double per_key = pos == 0 && n > 1
+        ? (double)(c->qk_nope_head_dim + c->qk_rope_head_dim + c->v_head_dim)
+        : (double)(c->kv_lora_rank + c->qk_rope_head_dim + c->kv_lora_rank);
     size_t total, active;
     count_parameters(m, &total, &active);
-    return 2 * (n * ((double)active - head) + rows * head +
-                seen * per_key * (double)(c->num_attention_heads * c->num_hidden_layers));
+    return 2 * (n * ((double)active - head) + head + keys * per_key * heads);
 }
 
-// Speed on random tokens: the prompt all at once, then token by token. The median of 5 runs each.
-static void bench(Run *r) {
-    const Model *m = &r->model;
-    size_t total, active;
-    count_parameters(m, &total, &active);
-    make_room(r, BENCH_PROMPT, 1);
-    const size_t prompt = r->context, before = prompt > BENCH_BEFORE ? BENCH_BEFORE : prompt - 1;
-    const size_t n = prompt - before < BENCH_TOKENS ? prompt - before : BENCH_TOKENS;
-    double prefill[BENCH_REPEATS], decode[BENCH_REPEATS];
-    uint64_t rng = 0;
-    r->tokens = allocate(prompt * sizeof(int), "the tokens");
-    for (size_t i = 0; i < prompt; i++) r->tokens[i] = (int)(rng_next(&rng) % (uint64_t)m->config.vocab_size);
+// Seconds per token, on random ones: the first `prompt` at once; then, from `before` on, n one by
+// one. The median of 5 runs each.
+static void time_tokens(Run *r, size_t prompt, size_t before, size_t n,
+                        double *at_once, double *single) {
+    double all[BENCH_REPEATS], each[BENCH_REPEATS];
     for (int k = 0; k < BENCH_REPEATS; k++) {
         double start = seconds();
         step(r, 0, prompt, 0, 0);
-        logits_forward(m, &r->state, r->logits, prompt - 1, 1);
-        prefill[k] = (seconds() - start) / (double)prompt;
+        logits_forward(&r->model, &r->state, r->logits, prompt - 1, 1);
+        all[k] = (seconds() - start) / (double)prompt;
         if (before) step(r, 0, before, 0, 0);
         start = seconds();
-        for (size_t i = 0; i < n; i++) {
-            step(r, before + i, 1, before + i, 0);
-            logits_forward(m, &r->state, r->logits, 0, 1);
+        for (size_t i = before; i < before + n; i++) {
+            step(r, i, 1, i, 0);
+            logits_forward(&r->model, &r->state, r->logits, 0, 1);
         }
-        decode[k] = (seconds() - start) / (double)n;
+        each[k] = (seconds() - start) / (double)n;
     }
-    // What decoding reads for a token: every active parameter, and the cache up to where it is on average.
-    const double middle = (double)before + (double)(n - 1) / 2, prompt_s = median(prefill, BENCH_REPEATS);
-    const double bytes = (double)active * sizeof(real) + middle * (double)cache_bytes(&m->config);
-    const double token_s = median(decode, BENCH_REPEATS);
-    print_count("prefill_tokens", prompt);
-    print_value("prefill_tok_s", 1 / prompt_s);
-    print_value("prefill_gflop_s", operations(m, (double)prompt, 0, 1) / (double)prompt / prompt_s / 1e9);
-    print_count("decode_tokens", n);
-    print_value("decode_tok_s", 1 / token_s);
-    print_value("decode_gflop_s", operations(m, 1, middle, 1) / token_s / 1e9);
-    print_value("decode_bytes_per_token", bytes);
-    print_value("decode_gb_s", bytes / token_s / 1e9);
+    *at_once = median(all, BENCH_REPEATS);
+    *single = median(each, BENCH_REPEATS);
 }
 
-// What is in the file: the config, every tensor under its name in a checkpoint, and what that amounts to.
-static void info(const Run *r) {
+// Speed, and what it means for the machine. A short context makes the runs shorter.
+static void bench(Run *r) {
     const Model *m = &r->model;
-    char name[128];
+    make_room(r, BENCH_PROMPT, 1);
+    const size_t prompt = r->context, before = min_size(BENCH_BEFORE, prompt - 1);
+    const size_t n = min_size(BENCH_TOKENS, prompt - before);
+    uint64_t rng = 0;
+    r->tokens = allocate(prompt * sizeof(int), "the tokens");
+    for (size_t i = 0; i < prompt; i++)
+        r->tokens[i] = (int)(rng_next(&rng) % (uint64_t)m->config.vocab_size);
+    double prompt_s, token_s;           // seconds per token
+    time_tokens(r, prompt, before, n, &prompt_s, &token_s);
     size_t total, active;
     count_parameters(m, &total, &active);
+    // A token reads every active parameter, and the cache up to where it is: on average the middle.
+    const double middle = (double)before + (double)(n - 1) / 2;
+    const double prompt_flop = operations(m, (double)prompt, 0);
+    const double bytes = (double)active * sizeof(real) + middle * (double)cache_bytes(&m->config);
+    print_count("prefill_tokens", prompt);
+    print_value("prefill_tok_s", 1 / prompt_s);
+    print_value("prefill_gflop_s", prompt_flop / (double)prompt / prompt_s * 1e-9);
+    print_count("decode_tokens", n);
+    print_value("decode_tok_s", 1 / token_s);
+    print_value("decode_gflop_s", operations(m, 1, middle) / token_s * 1e-9);
+    print_value("decode_gb_s", bytes / token_s * 1e-9);
+    print_value("bytes_per_token", bytes);
+}
+
+// What is in the file: the config, every tensor of a checkpoint, and what that amounts to.
+static void info(const Run *r) {
+    const Model *m = &r->model;
     for (int i = 0; i < CONFIG_KEYS; i++) {
         const Key *k = &config_keys[i];
         double f;
@@ -590,54 +623,65 @@ static void info(const Run *r) {
     printf("dtype f32\ntokenizer %s\n", m->tokenizer == BYTES ? "bytes" : "none");
     for (size_t i = 0; i < m->w.n_tensors; i++) {
         const Tensor *t = &m->w.tensor[i];
-        const int vector = t->rows == 1 && t->init != NORMAL && t->init != GATE;
+        const int vector = t->init == ONES || t->init == ZEROS;
         for (size_t e = 0; e < t->copies; e++) {
+            char name[128];
             tensor_name(name, sizeof name, &m->w, i, e);
             if (vector) printf("%s %zu f32\n", name, t->cols);
             else printf("%s %zux%zu f32\n", name, t->rows, t->cols);
         }
     }
+    size_t total, active;
+    count_parameters(m, &total, &active);
     print_count("total_parameters", total);
     print_count("active_parameters", active);
     print_count("bytes", total * sizeof(real));
-    print_count("flops_per_token", 2 * active);     // without attention to the past, which grows with it
+    print_count("flops_per_token", 2 * active);     // without attention to the past, which grows
     print_count("cache_bytes_per_token", cache_bytes(&m->config));
+}
+
+static void print_tokens(const Run *r) {
+    for (size_t i = 0; i < r->n_tokens; i++) printf("%s%d", i ? " " : "", r->tokens[i]);
+    if (r->n_tokens) putchar('\n');
 }
 
 // ---- [8] main -----------------------------------------------------------------------------------
 
-// A closed stdin, stdout or stderr would leave its number to the next file that is opened, and what is
-// meant for it would end up there. Then these stand in, and writing to them fails.
+// A closed stdin, stdout or stderr would leave its number to the next file that is opened, and what
+// is meant for it would end up there. So /dev/null stands in, and writing to it fails.
 static void occupy_standard_files(void) {
 #ifndef _WIN32
     int file = open("/dev/null", O_RDONLY);
     while (file >= 0 && file < 3) file = open("/dev/null", O_RDONLY);
     if (file >= 0) close(file);
-    signal(SIGPIPE, SIG_IGN);       // a closed pipe shows as an error of write, with a message
+    signal(SIGPIPE, SIG_IGN);       // a closed pipe shows as a failed write, with a message
 #endif
 }
 
 static void use_threads(int64_t n) {
 #ifdef _OPENMP
     const int most = 1024;
-    if (n) omp_set_num_threads((int)n);
-    if (omp_get_max_threads() > most) omp_set_num_threads(most);
+    if (n || omp_get_max_threads() > most) omp_set_num_threads(n ? (int)n : most);
 #else
     (void)n;
 #endif
 }
 
-// What no single option can say about itself.
+static int same(const char *a, const char *b) { return a && b && !strcmp(a, b); }
+
+// What no single option can know about itself.
 static void check_settings(const Run *r) {
     const Settings *set = &r->set;
     const int64_t mode = set->mode;
     if (!r->path) fail(WRONG_USAGE, "which model? ./run MODEL.bin [options]; --help lists them");
-    if (set->prompt && set->file) fail(WRONG_USAGE, "--prompt and --file: there is one input, give one of them");
+    if (set->prompt && set->file) fail(WRONG_USAGE, "--prompt and --file: must be one of them");
     if ((mode == EVAL || mode == TOKENIZE) && !set->prompt && !set->file)
-        fail(WRONG_USAGE, "--mode %s: needs a text, --file or --prompt", mode == EVAL ? "eval" : "tokenize");
-    if (set->logits && mode != EVAL) fail(WRONG_USAGE, "--logits: only --mode eval writes them");
+        fail(WRONG_USAGE, "--mode eval and tokenize: need --file or --prompt");
+    if (set->logits && mode != EVAL) fail(WRONG_USAGE, "--logits: needs --mode eval");
     if (set->trace && mode != EVAL && mode != GENERATE)
-        fail(WRONG_USAGE, "--trace: only --mode generate and eval write it");
+        fail(WRONG_USAGE, "--trace: needs --mode generate or eval");
+    if (same(set->logits, set->trace) || same(set->logits, r->path) || same(set->trace, r->path))
+        fail(WRONG_USAGE, "--logits, --trace: must be files of their own");
 }
 
 // Opens the model and does what --mode says.
@@ -645,22 +689,26 @@ static void work(Run *r) {
     const Settings *set = &r->set;
     use_threads(set->threads);
     r->model = model_open(r->path, 0, NULL, NULL);
-    if (set->ctx_size > r->model.config.max_position_embeddings)
-        fail(WRONG_USAGE, "--ctx-size is %lld, must be 1..%lld (max_position_embeddings)", (long long)set->ctx_size,
-             (long long)r->model.config.max_position_embeddings);
+    const long long longest = (long long)r->model.config.max_position_embeddings;
+    if (set->ctx_size > longest)
+        fail(WRONG_USAGE, "--ctx-size is %lld, must be 1..%lld (max_position_embeddings)",
+             (long long)set->ctx_size, longest);
     if (set->mode == CHAT)
-        fail(FAILED, "%s: has no chat template, so --mode chat does not know its format; generate continues a text", r->path);
+        fail(FAILED, "%s: has no chat template, which --mode chat needs; generate continues a text",
+             r->path);
     print_model(&r->model);
     if (set->mode == GENERATE || set->mode == EVAL || set->mode == TOKENIZE) read_tokens(r);
+    signal(SIGINT, on_interrupt);
     output_open(&logits_output, set->logits);
     output_open(&trace_output, set->trace);
-    if (trace_output.file) fputs("position\ttoken\tlayer\titeration\trank\texpert\tweight\n", trace_output.file);
+    if (trace_output.file)
+        fputs("position\ttoken\tlayer\titeration\trank\texpert\tweight\n", trace_output.file);
     switch (set->mode) {
     case GENERATE: generate(r); break;
     case EVAL:     evaluate(r); break;
     case BENCH:    bench(r); break;
     case INFO:     info(r); break;
-    case TOKENIZE: for (size_t i = 0; i < r->n_tokens; i++) printf("%d%c", r->tokens[i], i + 1 < r->n_tokens ? ' ' : '\n');
+    case TOKENIZE: print_tokens(r); break;
     }
     output_close(&logits_output);
     output_close(&trace_output);
@@ -669,22 +717,26 @@ static void work(Run *r) {
 int main(int argc, char **argv) {
     program = "run";
     occupy_standard_files();
-    signal(SIGINT, on_interrupt);
     atexit(discard_outputs);
     Run r = { 0 };
     const Options options = { option_keys, OPTION_COUNT, &r.set, r.given };
     keys_init(option_keys, OPTION_COUNT, &r.set);
-    int first = 1;                                      // the model is the first argument, or the last
+    int first = 1;                                  // the model is the first argument, or the last
     if (argc > 1 && argv[1][0] != '-') r.path = argv[first++];
     else if (argc > 2 && argv[argc - 1][0] != '-') r.path = argv[--argc];
     parse_options(&options, 1, argc, argv, first);
-    if (r.set.help) print_help(&options);
-    else if (r.set.version) puts("run " COE_VERSION);
-    else { check_settings(&r); work(&r); }
+    if (r.set.help) {
+        print_help(&options);
+    } else if (r.set.version) {
+        puts("run " COE_VERSION);
+    } else {
+        check_settings(&r);
+        work(&r);
+        state_free(&r.state);
+        release(r.logits);
+        release(r.tokens);
+        model_free(&r.model);
+    }
     flush_stdout();
-    state_free(&r.state);
-    release(r.logits);
-    release(r.tokens);
-    if (r.path && r.model.weights) model_free(&r.model);
     return 0;
 }

@@ -451,10 +451,10 @@ class Report:
         return ok
 
 
-def far_grads(report, grads, want, limit):
+def far_grads(grads, want):
+    """(distance, name) of the worst tensor."""
     total = math.sqrt(sum((g * g).sum().item() for g in want.values()))
-    for name, g in want.items():
-        report.add('grads', far_norm(grads[name].to(g.dtype), g, 1e-5 * total), limit, name)
+    return max((far_norm(grads[n].to(g.dtype), g, 1e-5 * total), n) for n, g in want.items())
 
 
 def check(folder):
@@ -479,7 +479,8 @@ def check(folder):
     rep.add('aux', abs(aux / scalars['aux_loss'] - 1), 1e-5)
     want = {name[5:]: g for name, g in gold.items() if name.startswith('grad.')}
     rep.same('names', set(want) == set(grads))
-    far_grads(rep, grads, want, 1e-4)
+    worst, name = far_grads(grads, want)
+    rep.add('grads', worst, 1e-4, name)
 
     prompt = scalars['prompt_tokens']
     ids, _ = greedy(cfg, w, gold['tokens'][0, :prompt].tolist(), scalars['new_tokens'])
@@ -505,7 +506,7 @@ def check(folder):
 CLEAR = 1e-4
 CLEAR_TRAIN = 10            # times that error
 CALM = 5e-5                 # and its loss and weights must not be further away than this, relative:
-                            # some random models train so wildly that rounding alone is visible
+                            # in some random models rounding alone would be visible
 
 
 def write_tokens(path, ids, wide):
@@ -567,7 +568,9 @@ def draw(rng, cfg, steps):
     ids = torch.tensor(rng.integers(0, V, (1, int(rng.integers(9, 21 if calls > 4 else 41)))))
     with torch.no_grad():
         logits, routing, _ = forward(cfg, w, ids)
-    if clear(routing, 'order_gap') < CLEAR:                # the trace has the order of the experts
+        logits32 = forward(cfg, w32, ids)[0]
+    # order_gap: the trace has the order of the experts, too.
+    if clear(routing, 'order_gap') < CLEAR or far(logits32.double(), logits) > CALM / 10:
         return None
     continued, margin = greedy(cfg, w, ids[0, :7].tolist(), 12)
     with torch.no_grad():
@@ -580,9 +583,9 @@ def draw(rng, cfg, steps):
     B, L = int(rng.integers(1, 4)), int(rng.integers(2, 5 if calls > 4 else 11))
     micro, clip = int(rng.integers(1, B + 1)), int(rng.choice([1, 1, 5, 0]))    # 0: no clipping
     stream = torch.tensor(np.resize(rng.integers(0, V, 2 * B * L), steps * B * L + 1))
-    records = []
-    grads = loss_and_grads(cfg, w, *windows(stream, 0, B, L), keep=records)[2]
-    if clear(records) < CLEAR:
+    records, batch = [], windows(stream, 0, B, L)
+    grads = loss_and_grads(cfg, w, *batch, keep=records)[2]
+    if clear(records) < CLEAR or far_grads(loss_and_grads(cfg, w32, *batch)[2], grads)[0] > CALM / 5:
         return None
     lr, log, gap, error, noise = 1e-4 if calls > 4 else 1e-3, [], math.inf, 0.0, 0.0
     run = lambda w: adamw(cfg, w, stream, B, L, steps, lr, warmup_steps=3, clip=clip, micro=micro)
@@ -598,8 +601,8 @@ def draw(rng, cfg, steps):
     if noise > CALM:
         return None
     return {'cfg': cfg, 'w32': w32, 'w': w, 'ids': ids, 'logits': logits[0], 'records': routing,
-            'greedy': continued, 'B': B, 'L': L, 'micro': micro, 'clip': clip, 'stream': stream, 'grads': grads,
-            'lr': lr, 'log': log, 'after': after, 'gap': gap, 'noise': noise,
+            'greedy': continued, 'B': B, 'L': L, 'micro': micro, 'clip': clip, 'stream': stream,
+            'grads': grads, 'lr': lr, 'log': log, 'after': after, 'gap': gap, 'noise': noise,
             'wide': bool(rng.random() < 0.5)}
 
 
@@ -634,7 +637,8 @@ def compare(case, name, opt, folder):
                          and line.get('token') == str(case['ids'][0, pos].item()),
                          f'layer {r["layer"]} iteration {r["iteration"]} position {pos}')
                 want = r['weights'][pos, rank].item()
-                rep.add('weights', abs(float(line.get('weight', 'nan')) - want) / max(want, 1e-2), 1e-4)
+                error = abs(float(line.get('weight', 'nan')) - want) / max(want, 1e-2)
+                rep.add('weights', error, 1e-4)
         rep.same('routing', len(trace) == expected, f'{len(trace)} lines, not {expected}')
 
         with open(path('prompt.txt'), 'w') as f:
@@ -645,15 +649,16 @@ def compare(case, name, opt, folder):
 
         call(opt.dump_grads, path('model.bin'), path('stream.bin'), B, L, path('grads.bin'))
         with open(path('grads.bin'), 'rb') as f:
-            far_grads(rep, unpack(f.read(), cfg, w), case['grads'], 1e-4)
+            worst, n = far_grads(unpack(f.read(), cfg, w), case['grads'])
+        rep.add('grads', worst, 1e-4, n)
 
         out = call(opt.train, '--init', path('model.bin'), '-d', path('stream.bin'), '--val',
                    path('stream.bin'), '--sequential', '-b', B, '-l', L, '--micro_batch_size',
                    case['micro'], '-x', len(case['log']), '--learning_rate', f'{case["lr"]:.7f}',
                    '--warmup_steps', 3, '--lr_scheduler', 'constant', '--weight_decay', 0.01,
                    '--adam_beta1', 0.9, '--adam_beta2', 0.95, '--adam_epsilon', '0.00000001',
-                   '--max_grad_norm', case['clip'], '--eval_steps', 0, '--save_steps', 0, '--sample_steps', 0,
-                   '--log', path('log.tsv'), '-o', path('out.bin'))
+                   '--max_grad_norm', case['clip'], '--eval_steps', 0, '--save_steps', 0,
+                   '--sample_steps', 0, '--log', path('log.tsv'), '-o', path('out.bin'))
         log = read_tsv(path('log.tsv'))
         if len(log) != len(case['log']):
             raise ValueError(f'log.tsv has {len(log)} steps')
@@ -716,7 +721,7 @@ def main():
                     results.append(compare(case, f'model {number}', opt, folder))
             number += 1
         print(f'{len(results)} random models compared; weights drawn again {redrawn} times and '
-              f'{skipped} models left out, because the choice of an expert was too close a call')
+              f'{skipped} models left out, because rounding\nalone could change the choice of an expert or show in a result')
     print(f'{sum(results)} passed, {len(results) - sum(results)} failed')
     return 0 if all(results) else 1
 
