@@ -224,7 +224,7 @@ typedef struct {
     X(BOOL, attention_bias,          "attention_bias",               0, 1,       "",     "false","biases in q_a, kv_a and o projections") \
     X(BOOL, tie_word_embeddings,     "tie_word_embeddings",          0, 1,       "",     "false","lm_head is embed_tokens") \
     X(NUM,  initializer_range,       "initializer_range",            0, 1e9,     "",     "0.02", "deviation of fresh weights") \
-    X(INT,  bos_token_id,            "bos_token_id",                -1, 1 << 24, "null", "256",  "token that starts a text") \
+    X(INT,  bos_token_id,            "bos_token_id",                -1, 1 << 24, "null", "257",  "token that starts a text; EOS, as between documents") \
     X(INT,  eos_token_id,            "eos_token_id",                -1, 1 << 24, "null", "257",  "token that ends a text") \
     X(WORD, torch_dtype,             "torch_dtype",                  0, 1, "float32|bfloat16", "float32", "type of the weights in safetensors") \
     X(NUM,  temperature,             "temperature",                 -1, 1e9,     "",     "-1",   "generation default; -1: none given") \
@@ -850,18 +850,34 @@ static void rmsnorm(real *y, size_t ldy, real *inverse, const real *x, size_t ld
     }
 }
 
-// x_i = e^(scale (x_i - max)) / sum, in place.  Returns the logarithm of the sum of e^(scale x).
-static real softmax(real *x, size_t n, real scale) {
-    real max = x[0], total = 0;
-    for (size_t i = 1; i < n; i++) max = x[i] > max ? x[i] : max;
-    for (size_t i = 0; i < n; i++) x[i] = exp_fast(scale * (x[i] - max));
+// The largest and the sum of n numbers. LANES of them at a time, because a compiler keeps to the order of a plain loop.
+static real max_of(const real *x, size_t n) {
+    real lanes[LANES], max = x[0];
+    for (int j = 0; j < LANES; j++) lanes[j] = x[0];
+    size_t i = 0;
+    for (; i + LANES <= n; i += LANES)
+        for (size_t j = 0; j < LANES; j++) lanes[j] = x[i + j] > lanes[j] ? x[i + j] : lanes[j];
+    for (; i < n; i++) max = x[i] > max ? x[i] : max;
+    for (int j = 0; j < LANES; j++) max = lanes[j] > max ? lanes[j] : max;
+    return max;
+}
+
+WIDE static real sum_of(const real *x, size_t n) {
     vec lanes = { 0 };
+    real tail = 0;
     size_t i = 0;
     for (; i + LANES <= n; i += LANES) lanes += load(x + i);
-    for (; i < n; i++) total += x[i];
-    total += add_lanes(lanes);
-    for (i = 0; i < n; i++) x[i] /= total;
-    return scale * max + (real)log(total);
+    for (; i < n; i++) tail += x[i];
+    return add_lanes(lanes) + tail;
+}
+
+// x_i = e^(scale (x_i - max)) / sum, in place. *total, if wanted: the logarithm of the sum of e^(scale x).
+static void softmax(real *x, size_t n, real scale, real *total) {
+    const real max = max_of(x, n);
+    for (size_t i = 0; i < n; i++) x[i] = exp_fast(scale * (x[i] - max));
+    const real all = sum_of(x, n), inverse = 1 / all;
+    for (size_t i = 0; i < n; i++) x[i] *= inverse;
+    if (total) *total = scale * max + (real)log(all);
 }
 
 // ---- [7] matrix products ------------------------------------------------------------------------------
@@ -1265,8 +1281,7 @@ static size_t block_rows(size_t n, size_t i0) { return n - i0 < QUERY_BLOCK ? n 
 // seen + i. log_sum at stride H, or NULL.
 static void causal_softmax(real *p, size_t rows, size_t keys, size_t seen, real scale, real *log_sum, size_t H) {
     for (size_t i = 0; i < rows; i++) {
-        real total = softmax(p + i * keys, seen + i, scale);
-        if (log_sum) log_sum[i * H] = total;
+        softmax(p + i * keys, seen + i, scale, log_sum ? log_sum + i * H : NULL);
         memset(p + i * keys + seen + i, 0, (keys - seen - i) * sizeof(real));
     }
 }
@@ -1439,7 +1454,7 @@ static void route(const Config *c, Iteration *i, const Layer *w, size_t t, size_
     linear(i->score, i->x, &w->gate, c->use_igate ? t : 0, NULL, T);
     #pragma omp parallel for if (worth_threads(T * E * K))
     for (size_t k = 0; k < T; k++) {
-        softmax(i->score + k * E, E, 1);
+        softmax(i->score + k * E, E, 1, NULL);
         choose(i->expert + k * K, i->weight + k * K, i->score + k * E, c);
     }
     memset(i->start, 0, (E + 1) * sizeof(int));
@@ -1529,8 +1544,9 @@ static void logits_forward(const Model *m, const State *s, real *logits, size_t 
 
 // -log softmax(logits)[target], in nats; logits (V) become probabilities.
 static double cross_entropy(real *logits, size_t V, int target) {
-    real chosen = logits[target];
-    return (double)(softmax(logits, V, 1) - chosen);
+    real chosen = logits[target], total;
+    softmax(logits, V, 1, &total);
+    return (double)(total - chosen);
 }
 
 // ---- [12] sampler -------------------------------------------------------------------------------------
@@ -1582,7 +1598,7 @@ static int sample(Sampler *o, real *logits, Candidate *candidate, const unsigned
         if (logits[i] > logits[best]) best = i;
     }
     if (o->temperature < 1e-9) return (int)best;       // 0, or so little that nothing else has a chance
-    softmax(logits, V, (real)(1 / o->temperature));
+    softmax(logits, V, (real)(1 / o->temperature), NULL);
     for (size_t i = 0; i < V; i++) candidate[i] = (Candidate){ logits[i], (int)i };
     qsort(candidate, V, sizeof *candidate, before);
     double total, u;

@@ -658,10 +658,12 @@ static void occupy_standard_files(void) {
 #endif
 }
 
+// --threads, else OMP_NUM_THREADS, else one per processor. Some OpenMP libraries make any number of
+// an OMP_NUM_THREADS that is none, so what is not sensible counts as not given.
 static void use_threads(int64_t n) {
 #ifdef _OPENMP
-    const int most = 1024;
-    if (n || omp_get_max_threads() > most) omp_set_num_threads(n ? (int)n : most);
+    if (!n) n = omp_get_max_threads();
+    omp_set_num_threads(n >= 1 && n <= 1024 ? (int)n : omp_get_num_procs());
 #else
     (void)n;
 #endif

@@ -720,11 +720,23 @@ static void attention_backward(const Model *m, const Weights *dw, State *s, Grad
 // ---- [6] backward of the chain ---------------------------------------------------------------
 // mirrors [10] in coe.c
 
+// act = silu(g) u and, for da the gradient of act and k a factor on it,
+//     du = k da silu(g),   dg = k da u silu'(g),   silu'(g) = s + g s (1 - s),   s = sigmoid(g)
+// `restrict`: without the promise that nothing overlaps the loop would not be vectorised.
+static void swiglu_backward(real *restrict dg, real *restrict du, real *restrict act, const real *restrict da,
+                            const real *restrict g, const real *restrict u, real k, size_t n) {
+    for (size_t i = 0; i < n; i++) {
+        const real s = sigmoid(g[i]), silu = g[i] * s, d = k * da[i];
+        act[i] = silu * u[i];
+        du[i] = d * silu;
+        dg[i] = d * u[i] * (s + silu * (1 - s));
+    }
+}
+
 // One swiglu network: y = weight * down(act), act = silu(g) u, g = gate x, u = up x, where weight (n) is the routing
 // weight of each row, or NULL for 1. With a = down^T dy, before the weight is on it:
 //     dweight = dy . down(act) = a . act
 //     dact = weight a,     ddown += dy^T (weight act)
-//     du = dact silu(g),   dg = dact u silu'(g),   silu'(g) = sigmoid(g) (1 + g (1 - sigmoid(g)))
 //     dx = dg gate + du up (+= with `add`),   dgate += dg^T x,   dup += du^T x
 // act, dact, dg, du (n, f) are scratch; copy e of the stacks w[3], dw[3] = gate, up, down.
 static void feed_forward_backward(real *dx, real *dweight, const Tensor *dw[3], real *act, real *dact, real *dg, real *du, const real *dy,
@@ -734,16 +746,12 @@ static void feed_forward_backward(real *dx, real *dweight, const Tensor *dw[3], 
     matmul_nn(dact, f, dy, d, at(w[2], e), f, n, f, d, 0);
     #pragma omp parallel for if (worth_threads(n * f))
     for (size_t t = 0; t < n; t++) {
-        const real *gt = gate + t * f, *ut = up + t * f, k = weight ? weight[t] : 1;
-        real *at_ = act + t * f, *dat = dact + t * f, *dgt = dg + t * f, *dut = du + t * f;
-        swiglu(at_, gt, ut, f);
-        if (dweight) dweight[t] = dot(dat, at_, f);
-        for (size_t i = 0; i < f; i++) {
-            const real s = sigmoid(gt[i]), da = k * dat[i];
-            at_[i] *= k;
-            dut[i] = da * gt[i] * s;
-            dgt[i] = da * ut[i] * s * (1 + gt[i] * (1 - s));
-        }
+        const real k = weight ? weight[t] : 1;
+        real *actt = act + t * f, *dat = dact + t * f;
+        swiglu_backward(dg + t * f, du + t * f, actt, dat, gate + t * f, up + t * f, k, f);
+        if (!weight) continue;
+        dweight[t] = dot(dat, actt, f);
+        for (size_t i = 0; i < f; i++) actt[i] *= k;
     }
     linear_backward(NULL, dw[2], NULL, dy, act, w[2], e, n, 0);
     linear_backward(dx, dw[0], NULL, dg, x, w[0], e, n, add);

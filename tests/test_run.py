@@ -447,7 +447,7 @@ def test_usage(folder):
 
 def test_environment(folder):
     model, here = os.path.join(folder, "tiny.bin"), lambda name: os.path.join(folder, name)
-    for threads in ("0", "1000", "x", "-1", "2,3"):
+    for threads in ("0", "1000", "5000", "2,3"):
         r = run(model, "-n", 2, "-t", 0, threads=0, env={**os.environ, "OMP_NUM_THREADS": threads})
         check(f"OMP_NUM_THREADS={threads}", r.code == 0, r)
     r = run(model, "-n", 2, "-t", "0.5", env={**os.environ, "LC_ALL": "de_DE.UTF-8"})
