@@ -86,7 +86,7 @@ static const char *const presets[] = {
     "intermediate_size 768 batch_size 8 max_length 256 learning_rate 1e-3 warmup_ratio 0.1",
     "vocab_size 102400 hidden_size 1024 num_hidden_layers 4 num_attention_heads 8 qk_nope_head_dim 128 "
     "qk_rope_head_dim 64 v_head_dim 128 kv_lora_rank 512 n_routed_experts 63 num_experts_per_tok 4 "
-    "moe_intermediate_size 704 intermediate_size 2816 max_position_embeddings 163840 "
+    "moe_intermediate_size 704 intermediate_size 2816 max_position_embeddings 163840 micro_batch_size 1 "
     "rope_scaling.type yarn rope_scaling.factor 40 rope_scaling.mscale 0.707 rope_scaling.mscale_all_dim 0.707",
 };
 // The paper's training, which --init takes too.
@@ -994,6 +994,7 @@ typedef struct {
     State state;
     Gradients g;
     int64_t step;               // steps done
+    int saved;                  // there is a checkpoint of this run
     int *inputs, *targets;      // (batch_size, max_length)
     int *window;                // [max_length + 1]
     double val_loss, solved;    // the last ones measured; NAN: none
@@ -1058,7 +1059,7 @@ static FILE *open_temporary(char *temporary, size_t size, const char *path) {
     return file;
 }
 
-static void save_checkpoint(const Run *run) {
+static void save_checkpoint(Run *run) {
     const Model *m = &run->model;
     const char *path = run->job.output;
     char temporary[4096];
@@ -1080,6 +1081,7 @@ static void save_checkpoint(const Run *run) {
     write_floats(run->m, m->w.size, file, temporary);
     write_floats(run->v, m->w.size, file, temporary);
     publish(file, temporary, path);
+    run->saved = 1;
 }
 
 // Reads n float32 numbers.
@@ -1271,8 +1273,9 @@ static Loss train_step(Run *run, double *norm) {
         loss.aux += part.aux;
     }
     *norm = gradient_norm(run->grad, size);
-    if (!isfinite(loss.loss)) fail(FAILED, "step %lld: the loss is %g; %s is the last good checkpoint", (long long)run->step, loss.loss, run->job.output);
-    if (!isfinite(*norm)) fail(FAILED, "step %lld: the gradient's norm is %g; %s is the last good checkpoint", (long long)run->step, *norm, run->job.output);
+    if (!isfinite(loss.loss) || !isfinite(*norm))
+        fail(FAILED, "step %lld: the loss is %g and the gradient's norm %g, must be finite; %s%s", (long long)run->step, loss.loss, *norm,
+             run->saved ? "the last good checkpoint is " : "nothing was saved yet", run->saved ? run->job.output : "");
     const double clip = r->max_grad_norm > 0 && *norm > r->max_grad_norm ? r->max_grad_norm / (*norm + 1e-6) : 1;
     adamw(run->model.weights, run->m, run->v, run->grad, size, r, run->step, clip);
     run->step++;
@@ -1376,6 +1379,7 @@ static TrainingState resume(Run *run, const Options *tables) {
         must_agree(&tables[RECIPE_TABLE], k, &state.recipe, path);
     }
     run->model = m;
+    run->saved = 1;
     run->step = state.step;
     run->m = allocate(product(m.w.size, sizeof(real)), "AdamW's first moments");
     run->v = allocate(product(m.w.size, sizeof(real)), "AdamW's second moments");

@@ -585,7 +585,8 @@ def draw(rng, cfg, steps):
     stream = torch.tensor(np.resize(rng.integers(0, V, 2 * B * L), steps * B * L + 1))
     records, batch = [], windows(stream, 0, B, L)
     grads = loss_and_grads(cfg, w, *batch, keep=records)[2]
-    if clear(records) < CLEAR or far_grads(loss_and_grads(cfg, w32, *batch)[2], grads)[0] > CALM / 5:
+    grads32 = loss_and_grads(cfg, w32, *batch)[2]
+    if clear(records) < CLEAR or far_grads(grads32, grads)[0] > CALM / 5:
         return None
     lr, log, gap, error, noise = 1e-4 if calls > 4 else 1e-3, [], math.inf, 0.0, 0.0
     run = lambda w: adamw(cfg, w, stream, B, L, steps, lr, warmup_steps=3, clip=clip, micro=micro)
@@ -721,7 +722,8 @@ def main():
                     results.append(compare(case, f'model {number}', opt, folder))
             number += 1
         print(f'{len(results)} random models compared; weights drawn again {redrawn} times and '
-              f'{skipped} models left out, because rounding\nalone could change the choice of an expert or show in a result')
+              f'{skipped} models left out, because\nrounding alone could change the choice of an '
+              'expert or show in a result')
     print(f'{sum(results)} passed, {len(results) - sum(results)} failed')
     return 0 if all(results) else 1
 
