@@ -1,16 +1,16 @@
-// coe.c - Chain-of-Experts transformers in plain C: the whole forward pass, the sampler and the tokenizer.
+// coe.c - Chain-of-Experts in plain C: the whole forward pass, the sampler and the tokenizer.
 //
-// A Chain-of-Experts layer (arXiv 2506.18945) applies its mixture of experts C times in a row, each time
-// with a router of its own, so that experts can build on each other's output:
+// A Chain-of-Experts layer (arXiv 2506.18945) applies its mixture of experts C times in a row, each
+// time with a router of its own, so that experts can build on each other's output:
 //
-//     h   = x + attention(rmsnorm(x))                          DeepSeek-V2's latent attention     [9]
+//     h   = x + attention(rmsnorm(x))               DeepSeek-V2's latent attention          [9]
 //     y0  = rmsnorm(h)
-//     y   = y + sum over the K chosen experts e of s_e(y) expert_e(y),   C times                  [10]
-//     out = y                                                  (+ h with outer_residual)
+//     y   = y + sum over the K chosen experts e of s_e(y) expert_e(y),   C times            [10]
+//     out = y                                       (+ h with outer_residual)
 //
-// There is no main here. run.c (generate, evaluate, inspect) and train.c (backward, AdamW, data) each
-// include this file: one program is one translation unit. To read it, take [4] for what a model consists
-// of, then [11], [10] and [9] for what it computes; everything else serves those four.
+// There is no main here. run.c (generate, evaluate, inspect) and train.c (backward, AdamW, data)
+// each include this file: one program is one translation unit. To read it, take [4] for what a
+// model consists of, then [11], [10] and [9] for what it computes; the rest serves those four.
 //
 //   [1] errors and memory      [5] the model file         [9]  attention
 //   [2] random numbers         [6] operations on rows     [10] the chain of experts
@@ -19,14 +19,16 @@
 //                                                         [13] tokenizer
 //
 // The alphabet, for shapes in comments: V vocab_size, d hidden_size, L num_hidden_layers, H heads,
-// dn / dr / dv the widths of a head without position, with RoPE, and of its value, r q_lora_rank,
-// R kv_lora_rank, E n_routed_experts, K num_experts_per_tok, S n_shared_experts, f
-// moe_intermediate_size, I intermediate_size (dense layers), C inner_iter, B sequences of T tokens.
+// dn / dr / dv the widths of a head's key without position, of the key with RoPE and of a head's
+// value, r q_lora_rank, R kv_lora_rank, E n_routed_experts, K num_experts_per_tok,
+// S n_shared_experts, f moe_intermediate_size, I intermediate_size (dense layers), C inner_iter,
+// B sequences of T tokens.
 //
-// Conventions: matrices are row-major; a weight is (out, in) as in PyTorch, so a layer computes x w^T.
-// Activations are (rows, width) where a row is one token: a batch is B*T rows, and only attention
-// knows which rows belong to one sequence. An output comes first in an argument list. "Kept" at the end
-// of a comment says what the backward pass will want back. Errors end the program with one line.
+// Conventions: matrices are row-major; a weight is (out, in) as in PyTorch, so a layer computes
+// x w^T. Activations are (rows, width) where a row is one token: a batch is B*T rows, and only
+// attention knows which rows belong to one sequence. "At stride s" means that rows start s numbers
+// apart. An output comes first in an argument list. "kept" at the end of a comment says what the
+// backward pass will want back. Errors end the program with one line.
 #ifndef COE_C
 #define COE_C
 #define COE_VERSION "1.0"
@@ -60,10 +62,10 @@
 #endif
 typedef REAL real;
 
-// ---- [1] errors and memory ----------------------------------------------------------------------------
-// Every failure is one line "program: thing: what was found, what was expected" and an exit code: 1 for
-// what goes wrong while running, 2 for wrong usage. Nothing here tries to survive a failed allocation:
-// there is nothing sensible that a program whose model does not fit could go on with.
+// ---- [1] errors and memory ----------------------------------------------------------------------
+// Every failure is one line "program: thing: what was found, what was expected" and an exit code: 1
+// for what goes wrong while running, 2 for wrong usage. Nothing here tries to survive a failed
+// allocation: there is nothing sensible that a program whose model does not fit could go on with.
 
 static const char *program = "coe";
 enum { FAILED = 1, WRONG_USAGE = 2 };
@@ -80,23 +82,26 @@ static _Noreturn void fail(int code, const char *format, ...) {
     exit(code);
 }
 
-// a * b, where every size in this project passes through: a product that wraps would be a small
-// allocation followed by large writes.
+// a * b. Every size in this project passes through here: a product that wraps around would be a
+// small allocation followed by large writes.
 static size_t product(size_t a, size_t b) {
     size_t c;
-    if (__builtin_mul_overflow(a, b, &c)) fail(FAILED, "sizes too large: %zu x %zu does not fit 64 bits", a, b);
+    if (__builtin_mul_overflow(a, b, &c))
+        fail(FAILED, "sizes too large: %zu x %zu does not fit 64 bits", a, b);
     return c;
 }
 
 // a + b, checked in the same way.
 static size_t sum(size_t a, size_t b) {
     size_t c;
-    if (__builtin_add_overflow(a, b, &c)) fail(FAILED, "sizes too large: %zu + %zu does not fit 64 bits", a, b);
+    if (__builtin_add_overflow(a, b, &c))
+        fail(FAILED, "sizes too large: %zu + %zu does not fit 64 bits", a, b);
     return c;
 }
 
-// `bytes` of zeroed memory at a multiple of 64 (a cache line, and the widest vector); `what` is for the
-// error message. Large blocks come from the system as untouched pages and cost nothing until used.
+// `bytes` of zeroed memory at a multiple of 64 (a cache line, and the widest vector), for
+// release(); `what` is for the error message. Large blocks come from the system as untouched pages
+// and cost nothing until they are used.
 static void *allocate(size_t bytes, const char *what) {
     void *block = calloc(sum(bytes, 64 + sizeof(void *)), 1);
     if (!block) fail(FAILED, "out of memory: %.1f MB for %s", (double)bytes / 1e6, what);
@@ -105,6 +110,7 @@ static void *allocate(size_t bytes, const char *what) {
     return (void *)aligned;
 }
 
+// Gives back what allocate() gave, or does nothing for NULL.
 static void release(void *aligned) { if (aligned) free(((void **)aligned)[-1]); }
 
 // The number of threads in use, and which of them is running.
@@ -123,27 +129,30 @@ static double seconds(void) {
     return (double)t.tv_sec + 1e-9 * (double)t.tv_nsec;
 }
 
-// Uses `threads` threads, or with 0 as many as OMP_NUM_THREADS or the machine say; never more than make sense.
-static void set_threads(int64_t threads) {
+enum { MOST_THREADS = 1024 };
+// Uses n threads; with 0 as many as OMP_NUM_THREADS says, or where that makes no sense the machine.
+static void set_threads(int64_t n) {
 #ifdef _OPENMP
-    omp_set_dynamic(0);
-    omp_set_num_threads((int)(threads > 0 ? threads : omp_get_max_threads() < 256 ? omp_get_max_threads() : 256));
+    if (!n) n = omp_get_max_threads();
+    omp_set_num_threads(n >= 1 && n <= MOST_THREADS ? (int)n : omp_get_num_procs());
 #else
-    (void)threads;
+    (void)n;
 #endif
 }
 
-// x with 9 significant digits, never with an exponent: what goes into tables and logs.
-enum { DECIMAL_TEXT = 400 };
+enum { DECIMAL_TEXT = 400 };        // enough for the largest double with all its digits
+// x with 9 significant digits, never with an exponent, for tables and logs. Returns `text`.
 static const char *decimal(char text[DECIMAL_TEXT], double x) {
     int digits = x == 0 || !isfinite(x) ? 8 : 8 - (int)floor(log10(fabs(x)));
     snprintf(text, DECIMAL_TEXT, "%.*f", digits < 0 ? 0 : digits > 60 ? 60 : digits, x);
     return text;
 }
 
-// ---- [2] random numbers -------------------------------------------------------------------------------
-// splitmix64 (Steele, Lea, Flood 2014): the state is a counter, so a stream can be started anywhere.
+// ---- [2] random numbers -------------------------------------------------------------------------
+// splitmix64 (Steele, Lea, Flood 2014). Its state is a counter, so a stream can start anywhere: any
+// number is as good a seed as any other.
 
+// The next 64 random bits of the stream whose state is *state.
 static uint64_t rng_next(uint64_t *state) {
     uint64_t z = (*state += 0x9E3779B97F4A7C15u);
     z = (z ^ (z >> 30)) * 0xBF58476D1CE4E5B9u;
@@ -154,19 +163,19 @@ static uint64_t rng_next(uint64_t *state) {
 // Uniform in [0, 1), with 53 random bits.
 static double rng_uniform(uint64_t *state) { return (double)(rng_next(state) >> 11) * 0x1p-53; }
 
-// Normal with mean 0 and deviation 1 (Box and Muller 1958; the second value of the pair is not used).
+// Normal with mean 0 and deviation 1 (Box and Muller 1958; the pair's second value is not used).
 static double rng_normal(uint64_t *state) {
     double radius = sqrt(-2 * log(1 - rng_uniform(state)));
     return radius * cos(6.283185307179586 * rng_uniform(state));
 }
 
-// ---- [3] keys and config ------------------------------------------------------------------------------
-// Whatever has a name and a value - the keys of config.json, the options of both programs - is a row of a
-// table: one parser, one range check and one --help serve them all. A table's values live in a struct
-// whose fields are 8 bytes each, in the order of the table, so that the config in a model file is that
-// struct, byte for byte.
+// ---- [3] keys and config ------------------------------------------------------------------------
+// Whatever has a name and a value - the keys of config.json, the options of both programs - is a
+// row of a table: one parser, one range check and one --help serve them all. A table's values live
+// in a struct whose fields are 8 bytes each, in the order of the table, so that the config in a
+// model file is that struct, byte for byte.
 
-typedef enum { INT, NUM, BOOL, WORD, TEXT, FLAG } Kind;     // FLAG is a BOOL that stands without a value
+typedef enum { INT, NUM, BOOL, WORD, TEXT, FLAG } Kind;     // FLAG: a BOOL given without a value
 typedef int64_t TYPE_INT, TYPE_BOOL, TYPE_WORD, TYPE_FLAG;
 typedef double TYPE_NUM;
 typedef const char *TYPE_TEXT;
@@ -176,63 +185,120 @@ typedef struct {
     char letter;            // the option is -letter too; 0: none
     Kind kind;
     double least, most;     // the range of an INT or NUM
-    const char *words;      // WORD: what it may be, "greedy|group_limited_greedy"; INT: a name for `least`, "null"
+    const char *words;      // WORD: what it may be, "greedy|group_limited_greedy";
+                            // INT: a name for `least`, "null"
     const char *init;       // the value it starts with, as text
     const char *help;       // one line with the unit
     size_t offset;          // of the field in the table's struct
 } Key;
 
-//    kind  field                    name                        least    most   words  init     help
+//    kind  field                    name                  least most     words    init
 #define CONFIG(X) \
-    X(INT,  vocab_size,              "vocab_size",                   1, 1 << 24, "",     "258",  "tokens in the vocabulary, V") \
-    X(INT,  hidden_size,             "hidden_size",                  1, 1 << 16, "",     "128",  "width of the residual stream, d") \
-    X(INT,  intermediate_size,       "intermediate_size",            1, 1 << 20, "",     "256",  "width of a dense layer's feed-forward, I") \
-    X(INT,  moe_intermediate_size,   "moe_intermediate_size",        1, 1 << 20, "",     "64",   "width of an expert, f") \
-    X(INT,  num_hidden_layers,       "num_hidden_layers",            1, 1 << 12, "",     "4",    "layers, L") \
-    X(INT,  num_attention_heads,     "num_attention_heads",          1, 1 << 12, "",     "4",    "heads, H") \
-    X(INT,  n_shared_experts,        "n_shared_experts",             0, 1 << 10, "null", "1",    "experts that every token visits, S") \
-    X(INT,  n_routed_experts,        "n_routed_experts",             0, 1 << 14, "null", "16",   "experts to choose from, E; null: all layers are dense") \
-    X(INT,  num_experts_per_tok,     "num_experts_per_tok",          1, 1 << 14, "",     "2",    "experts chosen per token and iteration, K") \
-    X(INT,  kv_lora_rank,            "kv_lora_rank",                 1, 1 << 16, "",     "64",   "width of the key-value latent, R") \
-    X(INT,  q_lora_rank,             "q_lora_rank",                  0, 1 << 16, "null", "null", "width of the query latent, r; null: one matrix") \
-    X(INT,  qk_nope_head_dim,        "qk_nope_head_dim",             1, 1 << 16, "",     "32",   "width of a head's key without position, dn") \
-    X(INT,  qk_rope_head_dim,        "qk_rope_head_dim",             2, 1 << 16, "",     "16",   "width of the key with RoPE, dr, even") \
-    X(INT,  v_head_dim,              "v_head_dim",                   1, 1 << 16, "",     "32",   "width of a head's value, dv") \
-    X(INT,  inner_iter,              "inner_iter",                   1, 1 << 10, "",     "2",    "iterations of the chain, C") \
-    X(BOOL, inner_residual,          "inner_residual",               0, 1,       "",     "true", "y = y + experts(y) in every iteration") \
-    X(BOOL, outer_residual,          "outer_residual",               0, 1,       "",     "false","the layer's input is added to the chain's end") \
-    X(BOOL, use_igate,               "use_igate",                    0, 1,       "",     "true", "a router for each iteration; false: one for all") \
-    X(WORD, topk_method,             "topk_method",                  0, 1, "greedy|group_limited_greedy", "greedy", "how experts are chosen") \
-    X(INT,  n_group,                 "n_group",                      1, 1 << 14, "null", "1",    "groups of experts (group_limited_greedy)") \
-    X(INT,  topk_group,              "topk_group",                   1, 1 << 14, "null", "1",    "groups a token may choose from") \
-    X(BOOL, norm_topk_prob,          "norm_topk_prob",               0, 1,       "",     "false","weights of the chosen sum to 1") \
-    X(NUM,  routed_scaling_factor,   "routed_scaling_factor",     -1e9, 1e9,     "",     "1",    "weights of the chosen times this, where not normalised") \
-    X(INT,  first_k_dense_replace,   "first_k_dense_replace",        0, 1 << 12, "",     "0",    "layers before this one are dense") \
-    X(INT,  moe_layer_freq,          "moe_layer_freq",               1, 1 << 12, "",     "1",    "every how many layers there are experts") \
-    X(NUM,  aux_loss_alpha,          "aux_loss_alpha",               0, 1e9,     "",     "0.001","weight of the load-balancing loss, per router call") \
-    X(BOOL, seq_aux,                 "seq_aux",                      0, 1,       "",     "true", "balance each sequence; false: the batch") \
-    X(NUM,  rms_norm_eps,            "rms_norm_eps",             1e-30, 1,       "",     "1e-6", "epsilon of the layer norms") \
-    X(NUM,  rope_theta,              "rope_theta",               1e-30, 1e30,    "",     "10000","base of the rotation frequencies") \
-    X(WORD, rope_scaling_type,       "rope_scaling.type",            0, 2, "null|linear|yarn", "null", "how rotations are stretched") \
-    X(NUM,  rope_scaling_factor,     "rope_scaling.factor",      1e-30, 1e9,     "",     "1",    "by how much") \
-    X(INT,  rope_scaling_original,   "rope_scaling.original_max_position_embeddings", 1, 1 << 30, "", "4096", "context before stretching (yarn)") \
-    X(NUM,  rope_scaling_beta_fast,  "rope_scaling.beta_fast",   1e-30, 1e9,     "",     "32",   "turns above which a frequency is kept (yarn)") \
-    X(NUM,  rope_scaling_beta_slow,  "rope_scaling.beta_slow",   1e-30, 1e9,     "",     "1",    "turns below which it is stretched fully (yarn)") \
-    X(NUM,  rope_scaling_mscale,     "rope_scaling.mscale",       -1e9, 1e9,     "",     "1",    "temperature on cos and sin (yarn)") \
-    X(NUM,  rope_scaling_mscale_all, "rope_scaling.mscale_all_dim", -1e9, 1e9,   "",     "0",    "temperature on the scores; 0: none") \
-    X(INT,  max_position_embeddings, "max_position_embeddings",      1, 1 << 30, "",     "1024", "longest context in tokens") \
-    X(BOOL, attention_bias,          "attention_bias",               0, 1,       "",     "false","biases in q_a, kv_a and o projections") \
-    X(BOOL, tie_word_embeddings,     "tie_word_embeddings",          0, 1,       "",     "false","lm_head is embed_tokens") \
-    X(NUM,  initializer_range,       "initializer_range",            0, 1e9,     "",     "0.02", "deviation of fresh weights") \
-    X(INT,  bos_token_id,            "bos_token_id",                -1, 1 << 24, "null", "257",  "token that starts a text; EOS, as between documents") \
-    X(INT,  eos_token_id,            "eos_token_id",                -1, 1 << 24, "null", "257",  "token that ends a text") \
-    X(WORD, torch_dtype,             "torch_dtype",                  0, 1, "float32|bfloat16", "float32", "type of the weights in safetensors") \
-    X(NUM,  temperature,             "temperature",                 -1, 1e9,     "",     "-1",   "generation default; -1: none given") \
-    X(INT,  top_k,                   "top_k",                       -1, 1 << 24, "",     "-1",   "generation default; -1: none given") \
-    X(NUM,  top_p,                   "top_p",                       -1, 1,       "",     "-1",   "generation default; -1: none given") \
-    X(NUM,  min_p,                   "min_p",                       -1, 1,       "",     "-1",   "generation default; -1: none given") \
-    X(NUM,  repetition_penalty,      "repetition_penalty",          -1, 1e9,     "",     "-1",   "generation default; -1: none given") \
-    X(BOOL, add_bos_token,           "add_bos_token",                0, 1,       "",     "true", "text gets BOS in front")
+    X(INT,  vocab_size,              "vocab_size",                  1, 1 << 24, "",      "258",    \
+      "tokens in the vocabulary, V")                                                               \
+    X(INT,  hidden_size,             "hidden_size",                 1, 1 << 16, "",      "128",    \
+      "width of the residual stream, d")                                                           \
+    X(INT,  intermediate_size,       "intermediate_size",           1, 1 << 20, "",      "256",    \
+      "width of a dense layer's feed-forward, I")                                                  \
+    X(INT,  moe_intermediate_size,   "moe_intermediate_size",       1, 1 << 20, "",      "64",     \
+      "width of an expert, f")                                                                     \
+    X(INT,  num_hidden_layers,       "num_hidden_layers",           1, 1 << 12, "",      "4",      \
+      "layers, L")                                                                                 \
+    X(INT,  num_attention_heads,     "num_attention_heads",         1, 1 << 12, "",      "4",      \
+      "heads, H")                                                                                  \
+    X(INT,  n_shared_experts,        "n_shared_experts",            0, 1 << 10, "null",  "1",      \
+      "experts that every token visits, S")                                                        \
+    X(INT,  n_routed_experts,        "n_routed_experts",            0, 1 << 14, "null",  "16",     \
+      "experts to choose from, E; null: all layers are dense")                                     \
+    X(INT,  num_experts_per_tok,     "num_experts_per_tok",         1, 1 << 14, "",      "2",      \
+      "experts chosen per token and iteration, K")                                                 \
+    X(INT,  kv_lora_rank,            "kv_lora_rank",                1, 1 << 16, "",      "64",     \
+      "width of the key-value latent, R")                                                          \
+    X(INT,  q_lora_rank,             "q_lora_rank",                 0, 1 << 16, "null",  "null",   \
+      "width of the query latent, r; null: one matrix")                                            \
+    X(INT,  qk_nope_head_dim,        "qk_nope_head_dim",            1, 1 << 16, "",      "32",     \
+      "width of a head's key without position, dn")                                                \
+    X(INT,  qk_rope_head_dim,        "qk_rope_head_dim",            2, 1 << 16, "",      "16",     \
+      "width of the key with RoPE, dr, even")                                                      \
+    X(INT,  v_head_dim,              "v_head_dim",                  1, 1 << 16, "",      "32",     \
+      "width of a head's value, dv")                                                               \
+    X(INT,  inner_iter,              "inner_iter",                  1, 1 << 10, "",      "2",      \
+      "iterations of the chain, C")                                                                \
+    X(BOOL, inner_residual,          "inner_residual",              0, 1,       "",      "true",   \
+      "y = y + experts(y) in every iteration")                                                     \
+    X(BOOL, outer_residual,          "outer_residual",              0, 1,       "",      "false",  \
+      "the layer's input is added to the chain's end")                                             \
+    X(BOOL, use_igate,               "use_igate",                   0, 1,       "",      "true",   \
+      "a router for each iteration; false: one for all")                                           \
+    X(WORD, topk_method,             "topk_method",                 0, 1,       METHODS, "greedy", \
+      "how experts are chosen")                                                                    \
+    X(INT,  n_group,                 "n_group",                     1, 1 << 14, "null",  "1",      \
+      "groups of experts (group_limited_greedy)")                                                  \
+    X(INT,  topk_group,              "topk_group",                  1, 1 << 14, "null",  "1",      \
+      "groups a token may choose from")                                                            \
+    X(BOOL, norm_topk_prob,          "norm_topk_prob",              0, 1,       "",      "false",  \
+      "weights of the chosen sum to 1")                                                            \
+    X(NUM,  routed_scaling_factor,   "routed_scaling_factor",    -1e9, 1e9,     "",      "1",      \
+      "weights of the chosen times this, where not normalised")                                    \
+    X(INT,  first_k_dense_replace,   "first_k_dense_replace",       0, 1 << 12, "",      "0",      \
+      "layers before this one are dense")                                                          \
+    X(INT,  moe_layer_freq,          "moe_layer_freq",              1, 1 << 12, "",      "1",      \
+      "every how many layers there are experts")                                                   \
+    X(NUM,  aux_loss_alpha,          "aux_loss_alpha",              0, 1e9,     "",      "0.001",  \
+      "weight of the load-balancing loss, per router call")                                        \
+    X(BOOL, seq_aux,                 "seq_aux",                     0, 1,       "",      "true",   \
+      "balance each sequence; false: the batch")                                                   \
+    X(NUM,  rms_norm_eps,            "rms_norm_eps",            1e-30, 1,       "",      "1e-6",   \
+      "epsilon of the layer norms")                                                                \
+    X(NUM,  rope_theta,              "rope_theta",              1e-30, 1e30,    "",      "10000",  \
+      "base of the rotation frequencies")                                                          \
+    X(WORD, rope_scaling_type,       "rope_scaling.type",           0, 2,       SCALING, "null",   \
+      "how rotations are stretched")                                                               \
+    X(NUM,  rope_scaling_factor,     "rope_scaling.factor",     1e-30, 1e9,     "",      "1",      \
+      "by how much")                                                                               \
+    X(INT,  rope_scaling_original,   ROPE_ORIGINAL,                 1, 1 << 30, "",      "4096",   \
+      "context before stretching (yarn)")                                                          \
+    X(NUM,  rope_scaling_beta_fast,  "rope_scaling.beta_fast",  1e-30, 1e9,     "",      "32",     \
+      "turns above which a frequency is kept (yarn)")                                              \
+    X(NUM,  rope_scaling_beta_slow,  "rope_scaling.beta_slow",  1e-30, 1e9,     "",      "1",      \
+      "turns below which it is stretched fully (yarn)")                                            \
+    X(NUM,  rope_scaling_mscale,     "rope_scaling.mscale",      -1e9, 1e9,     "",      "1",      \
+      "temperature on cos and sin (yarn)")                                                         \
+    X(NUM,  rope_scaling_mscale_all, "rope_scaling.mscale_all_dim", -1e9, 1e9,  "",      "0",      \
+      "temperature on the scores; 0: none")                                                        \
+    X(INT,  max_position_embeddings, "max_position_embeddings",     1, 1 << 30, "",      "1024",   \
+      "longest context in tokens")                                                                 \
+    X(BOOL, attention_bias,          "attention_bias",              0, 1,       "",      "false",  \
+      "biases in q_a, kv_a and o projections")                                                     \
+    X(BOOL, tie_word_embeddings,     "tie_word_embeddings",         0, 1,       "",      "false",  \
+      "lm_head is embed_tokens")                                                                   \
+    X(NUM,  initializer_range,       "initializer_range",           0, 1e9,     "",      "0.02",   \
+      "deviation of fresh weights")                                                                \
+    X(INT,  bos_token_id,            "bos_token_id",               -1, 1 << 24, "null",  "257",    \
+      "token that starts a text; EOS, as between documents")                                       \
+    X(INT,  eos_token_id,            "eos_token_id",               -1, 1 << 24, "null",  "257",    \
+      "token that ends a text")                                                                    \
+    X(WORD, torch_dtype,             "torch_dtype",                 0, 1,       DTYPES, "float32", \
+      "type of the weights in safetensors")                                                        \
+    X(NUM,  temperature,             "temperature",                -1, 1e9,     "",      "-1",     \
+      "generation default; -1: none given")                                                        \
+    X(INT,  top_k,                   "top_k",                      -1, 1 << 24, "",      "-1",     \
+      "generation default; -1: none given")                                                        \
+    X(NUM,  top_p,                   "top_p",                      -1, 1,       "",      "-1",     \
+      "generation default; -1: none given")                                                        \
+    X(NUM,  min_p,                   "min_p",                      -1, 1,       "",      "-1",     \
+      "generation default; -1: none given")                                                        \
+    X(NUM,  repetition_penalty,      "repetition_penalty",         -1, 1e9,     "",      "-1",     \
+      "generation default; -1: none given")                                                        \
+    X(BOOL, add_bos_token,           "add_bos_token",               0, 1,       "",      "true",   \
+      "text gets BOS in front")
+
+
+// What would not fit into its column of the table.
+#define METHODS "greedy|group_limited_greedy"
+#define SCALING "null|linear|yarn"
+#define DTYPES  "float32|bfloat16"
+#define ROPE_ORIGINAL "rope_scaling.original_max_position_embeddings"
 
 typedef struct {
 #define X(kind, field, ...) TYPE_##kind field;
@@ -248,7 +314,7 @@ static const Key config_keys[] = {
 };
 enum { CONFIG_KEYS = sizeof config_keys / sizeof *config_keys };
 
-// The i-th of the words "a|b|c" and its length; NULL past the last.
+// The i-th of the words "a|b|c", and its length in *length; NULL past the last.
 static const char *word(const char *words, int64_t i, size_t *length) {
     for (;; words += *length + 1, i--) {
         *length = strcspn(words, "|");
@@ -257,7 +323,8 @@ static const char *word(const char *words, int64_t i, size_t *length) {
     }
 }
 
-// What a key may be, for error messages and --help: "1..65536 or null", "greedy|group_limited_greedy".
+// What a key may be, for messages and --help: "1..65536 or null", "greedy|group_limited_greedy".
+// The text is overwritten by the next call.
 static const char *key_range(const Key *k) {
     static char text[128];
     if (k->kind == BOOL) return "true or false";
@@ -268,7 +335,8 @@ static const char *key_range(const Key *k) {
     return text;
 }
 
-// The value of key k in the struct at `base`, as it would stand in config.json.
+// The value of key k in the struct at `base`, as it would stand in config.json. The text is
+// overwritten by the next call.
 static const char *key_text(const Key *k, const void *base) {
     static char text[64];
     const char *field = (const char *)base + k->offset;
@@ -281,7 +349,8 @@ static const char *key_text(const Key *k, const void *base) {
     switch (k->kind) {
     case NUM:  snprintf(text, sizeof text, "%.10g", f); break;
     case INT:  snprintf(text, sizeof text, "%lld", (long long)i);
-               if (!strcmp(k->words, "null") && (double)i == k->least && k->least < 1) return "null";
+               if (!strcmp(k->words, "null") && (double)i == k->least && k->least < 1)
+                   return "null";
                break;
     case WORD: w = word(k->words, i, &length);
                snprintf(text, sizeof text, "%.*s", w ? (int)length : 1, w ? w : "?"); break;
@@ -291,8 +360,8 @@ static const char *key_text(const Key *k, const void *base) {
     return text;
 }
 
-// Reads `value` into key k of the struct at `base`. False where it is not one of the key's values: not
-// a number to its last character, out of range, not one of the words.
+// Reads `value` into key k of the struct at `base`. False where it is not one of the key's values:
+// not a number to its last character, out of range, not one of the words.
 static int key_parse(const Key *k, void *base, const char *value) {
     char *field = (char *)base + k->offset, *end;
     int64_t i = 0;
@@ -326,37 +395,46 @@ static int key_parse(const Key *k, void *base, const char *value) {
 // Every key of the table gets the value it starts with.
 static void keys_init(const Key *keys, size_t n, void *base) {
     for (size_t i = 0; i < n; i++)
-        if (keys[i].init && !key_parse(&keys[i], base, keys[i].init)) fail(FAILED, "bug: default of %s", keys[i].name);
+        if (keys[i].init && !key_parse(&keys[i], base, keys[i].init))
+            fail(FAILED, "bug: default of %s", keys[i].name);
 }
 
 // A table of keys as options of a program: where the values go, and which of them the user gave.
 typedef struct { const Key *keys; size_t n; void *base; unsigned char *given; } Options;
 
-static const Key *find_key(const Options *tables, size_t n_tables, const char *name, size_t length, size_t *table) {
+// The key that an option means: its name has `length` characters, or is its one letter. The number
+// of its table goes to *table. NULL if there is no such key.
+static const Key *find_key(const Options *tables, size_t n_tables, const char *name, size_t length,
+                           size_t *table) {
     for (*table = 0; *table < n_tables; ++*table)
         for (size_t i = 0; i < tables[*table].n; i++) {
             const Key *k = &tables[*table].keys[i];
-            if (length == 1 ? *name == k->letter : strlen(k->name) == length && !strncmp(k->name, name, length)) return k;
+            if (length == 1 ? *name == k->letter
+                            : strlen(k->name) == length && !strncmp(k->name, name, length))
+                return k;
         }
     return NULL;
 }
 
-// Sets one option; `shown` is how the user wrote its name.
+// Sets one option, or ends the program; `shown` is how the user wrote its name.
 static void set_option(const Options *table, const Key *k, const char *shown, const char *value) {
     if (!value) fail(WRONG_USAGE, "%s: needs a value, %s", shown, key_range(k));
-    if (!key_parse(k, table->base, value)) fail(WRONG_USAGE, "%s is \"%s\", must be %s", shown, value, key_range(k));
+    if (!key_parse(k, table->base, value))
+        fail(WRONG_USAGE, "%s is \"%s\", must be %s", shown, value, key_range(k));
     if (table->given) table->given[k - table->keys] = 1;
 }
 
-// Reads the command line from argv[first] on: --name value, --name=value, -letter value; a FLAG takes no value.
-// Ends the program on what it does not know.
-static void parse_options(const Options *tables, size_t n_tables, int argc, char **argv, int first) {
+// Reads the command line from argv[first] on: --name value, --name=value, -letter value; a FLAG
+// takes no value. Ends the program on what it does not know.
+static void parse_options(const Options *tables, size_t n_tables, int argc, char **argv,
+                          int first) {
     for (int i = first; i < argc; i++) {
         const char *arg = argv[i], *name = arg + (arg[0] == '-') + (arg[0] == '-' && arg[1] == '-');
         const size_t length = strcspn(name, "=");
         size_t table;
         const int is_long = name == arg + 2, is_short = name == arg + 1 && name[0] && !name[1];
-        const Key *k = (is_long && length > 1) || is_short ? find_key(tables, n_tables, name, length, &table) : NULL;
+        const Key *k = (is_long && length > 1) || is_short
+            ? find_key(tables, n_tables, name, length, &table) : NULL;
         if (!k) fail(WRONG_USAGE, "%s: unknown option; --help lists them", arg);
         if (name[length]) set_option(&tables[table], k, k->name, name + length + 1);
         else if (k->kind == FLAG) set_option(&tables[table], k, arg, "true");
@@ -372,20 +450,25 @@ static void print_options(const Options *table) {
         if (k->letter) snprintf(option, sizeof option, "-%c, --%s", k->letter, k->name);
         else snprintf(option, sizeof option, "--%s", k->name);
         printf("  %-28s %s", option, k->help);
-        if (k->kind != FLAG && k->kind != TEXT) printf(" [%s; %s]", key_range(k), k->init ? k->init : "none");
-        else if (k->kind == TEXT && k->init && *k->init) printf(" [%s]", k->init);
+        if (k->kind != FLAG && k->kind != TEXT)
+            printf(" [%s; %s]", key_range(k), k->init ? k->init : "none");
+        else if (k->kind == TEXT && k->init && *k->init)
+            printf(" [%s]", k->init);
         putchar('\n');
     }
 }
 
-// The number of an iteration's routers, 1 where one serves all; the layers with experts; the scale of attention.
+// How many routers a layer has: one for each iteration of the chain, or one for all of them.
 static size_t n_gates(const Config *c) { return c->use_igate ? (size_t)c->inner_iter : 1; }
+
+// Whether layer l has experts; else its feed-forward is dense, and not iterated.
 static int is_moe(const Config *c, size_t l) {
-    return c->n_routed_experts > 0 && l >= (size_t)c->first_k_dense_replace && l % (size_t)c->moe_layer_freq == 0;
+    return c->n_routed_experts > 0 && l >= (size_t)c->first_k_dense_replace &&
+           l % (size_t)c->moe_layer_freq == 0;
 }
 
-// Ends the program unless the config describes a model that this file computes. `where` is the file or
-// option that it came from. The ranges bound each key; what is left are the relations between them.
+// Ends the program unless every key is in its range and the config describes a model that this file
+// computes. `where` is the file or option that it came from.
 static void config_check(const Config *c, const char *where, int code) {
     for (int i = 0; i < CONFIG_KEYS; i++) {
         const Key *k = &config_keys[i];
@@ -394,72 +477,85 @@ static void config_check(const Config *c, const char *where, int code) {
         int64_t n;
         memcpy(&f, field, sizeof f);
         memcpy(&n, field, sizeof n);
-        if (k->kind != NUM) f = n == (int64_t)(double)n ? (double)n : -1e300;    // beyond 2^53: out of any range
+        if (k->kind != NUM) f = (double)n;      // all ranges end where a double still is exact
         if (!(f >= k->least && f <= k->most)) {
-            if (k->kind == NUM) fail(code, "%s: %s is %g, must be %s", where, k->name, f, key_range(k));
+            if (k->kind == NUM)
+                fail(code, "%s: %s is %g, must be %s", where, k->name, f, key_range(k));
             fail(code, "%s: %s is %lld, must be %s", where, k->name, (long long)n, key_range(k));
         }
     }
+    // The ranges bound each key by itself; what is left are the relations between them.
 #define REQUIRE(condition, ...) if (!(condition)) fail(code, __VA_ARGS__)
-    REQUIRE(c->qk_rope_head_dim % 2 == 0, "%s: qk_rope_head_dim is %lld, must be even", where, (long long)c->qk_rope_head_dim);
-    REQUIRE(c->bos_token_id < c->vocab_size, "%s: bos_token_id is %lld, must be below vocab_size %lld",
+    REQUIRE(c->qk_rope_head_dim % 2 == 0, "%s: qk_rope_head_dim is %lld, must be even",
+            where, (long long)c->qk_rope_head_dim);
+    REQUIRE(c->bos_token_id < c->vocab_size,
+            "%s: bos_token_id is %lld, must be below vocab_size %lld",
             where, (long long)c->bos_token_id, (long long)c->vocab_size);
-    REQUIRE(c->eos_token_id < c->vocab_size, "%s: eos_token_id is %lld, must be below vocab_size %lld",
+    REQUIRE(c->eos_token_id < c->vocab_size,
+            "%s: eos_token_id is %lld, must be below vocab_size %lld",
             where, (long long)c->eos_token_id, (long long)c->vocab_size);
     REQUIRE(c->rope_scaling_type != 2 || c->rope_scaling_beta_fast >= c->rope_scaling_beta_slow,
-            "%s: rope_scaling.beta_fast is %g, must be at least beta_slow %g", where,
-            c->rope_scaling_beta_fast, c->rope_scaling_beta_slow);
-    REQUIRE(c->first_k_dense_replace <= c->num_hidden_layers, "%s: first_k_dense_replace is %lld, must be 0..%lld (the layers)",
+            "%s: rope_scaling.beta_fast is %g, must be at least beta_slow %g",
+            where, c->rope_scaling_beta_fast, c->rope_scaling_beta_slow);
+    REQUIRE(c->first_k_dense_replace <= c->num_hidden_layers,
+            "%s: first_k_dense_replace is %lld, must be 0..%lld (the layers)",
             where, (long long)c->first_k_dense_replace, (long long)c->num_hidden_layers);
     if (!c->n_routed_experts) return;
-    REQUIRE(c->num_experts_per_tok <= c->n_routed_experts, "%s: num_experts_per_tok is %lld, must be 1..%lld (n_routed_experts)",
+    REQUIRE(c->num_experts_per_tok <= c->n_routed_experts,
+            "%s: num_experts_per_tok is %lld, must be 1..%lld (n_routed_experts)",
             where, (long long)c->num_experts_per_tok, (long long)c->n_routed_experts);
     if (c->topk_method == 0) return;
-    REQUIRE(c->n_routed_experts % c->n_group == 0, "%s: n_group is %lld, must divide n_routed_experts %lld",
+    REQUIRE(c->n_routed_experts % c->n_group == 0,
+            "%s: n_group is %lld, must divide n_routed_experts %lld",
             where, (long long)c->n_group, (long long)c->n_routed_experts);
     REQUIRE(c->topk_group <= c->n_group, "%s: topk_group is %lld, must be 1..%lld (n_group)",
             where, (long long)c->topk_group, (long long)c->n_group);
-    REQUIRE(c->topk_group * (c->n_routed_experts / c->n_group) >= c->num_experts_per_tok,
-            "%s: topk_group %lld of n_group %lld leave %lld experts, fewer than num_experts_per_tok %lld", where,
-            (long long)c->topk_group, (long long)c->n_group,
-            (long long)(c->topk_group * (c->n_routed_experts / c->n_group)), (long long)c->num_experts_per_tok);
+    const int64_t left = c->topk_group * (c->n_routed_experts / c->n_group);
+    REQUIRE(left >= c->num_experts_per_tok,
+            "%s: topk_group %lld of n_group %lld leave %lld experts, "
+            "fewer than num_experts_per_tok %lld",
+            where, (long long)c->topk_group, (long long)c->n_group,
+            (long long)left, (long long)c->num_experts_per_tok);
 #undef REQUIRE
 }
 
-// ---- [4] tensors --------------------------------------------------------------------------------------
-// This table is the one place that names a tensor. Loading, saving, initialising, AdamW, the gradients
-// and `run -m info` all walk it. A row reads: field, name in a checkpoint (a %d in it counts the copies),
-// copies, rows, columns, initial values. A tensor that a model does not have has 0 copies, so optional
-// parts need no second list. Norms, routers, biases and chain weights (GATE, ONES, ZEROS) are float32 in every
-// file; NORMAL are the matrices that a file may hold in a narrower type.
+// ---- [4] tensors --------------------------------------------------------------------------------
+// This table is the one place that names a tensor: loading, saving, initialising, AdamW, the
+// gradients and `run -m info` all walk it. A row reads: field, name in a checkpoint (a %d in it
+// counts the copies), copies, rows, columns, initial values. A tensor that a model does not have
+// has 0 copies, so that optional parts need no second list. Norms, routers, biases and chain
+// weights (GATE, ONES, ZEROS) are float32 in every file; NORMAL are the matrices that a file may
+// hold in a narrower type.
 
 enum Init { NORMAL, GATE, ONES, ZEROS };    // N(0, initializer_range), U(-1/sqrt d, 1/sqrt d), 1, 0
 
 #define LAYER_TENSORS(X) \
-    X(input_layernorm,          "input_layernorm.weight",                 1,             1,            d,      ONES) \
-    X(q_proj,                   "self_attn.q_proj.weight",                !r,            H * (dn + dr), d,     NORMAL) \
-    X(q_a_proj,                 "self_attn.q_a_proj.weight",              !!r,           r,            d,      NORMAL) \
-    X(q_a_bias,                 "self_attn.q_a_proj.bias",                r && biased,   1,            r,      ZEROS) \
-    X(q_a_layernorm,            "self_attn.q_a_layernorm.weight",         !!r,           1,            r,      ONES) \
-    X(q_b_proj,                 "self_attn.q_b_proj.weight",              !!r,           H * (dn + dr), r,     NORMAL) \
-    X(kv_a_proj,                "self_attn.kv_a_proj_with_mqa.weight",    1,             R + dr,       d,      NORMAL) \
-    X(kv_a_bias,                "self_attn.kv_a_proj_with_mqa.bias",      biased,        1,            R + dr, ZEROS) \
-    X(kv_a_layernorm,           "self_attn.kv_a_layernorm.weight",        1,             1,            R,      ONES) \
-    X(kv_b_proj,                "self_attn.kv_b_proj.weight",             1,             H * (dn + dv), R,     NORMAL) \
-    X(o_proj,                   "self_attn.o_proj.weight",                1,             d,            H * dv, NORMAL) \
-    X(o_bias,                   "self_attn.o_proj.bias",                  biased,        1,            d,      ZEROS) \
-    X(post_attention_layernorm, "post_attention_layernorm.weight",        1,             1,            d,      ONES) \
-    X(gate,                     gate_name,                                moe ? G : 0,   E,            d,      GATE) \
-    X(experts_gate_proj,        "mlp.experts.%d.gate_proj.weight",        moe ? E : 0,   f,            d,      NORMAL) \
-    X(experts_up_proj,          "mlp.experts.%d.up_proj.weight",          moe ? E : 0,   f,            d,      NORMAL) \
-    X(experts_down_proj,        "mlp.experts.%d.down_proj.weight",        moe ? E : 0,   d,            f,      NORMAL) \
-    X(shared_gate_proj,         "mlp.shared_experts.gate_proj.weight",    moe && S,      f * S,        d,      NORMAL) \
-    X(shared_up_proj,           "mlp.shared_experts.up_proj.weight",      moe && S,      f * S,        d,      NORMAL) \
-    X(shared_down_proj,         "mlp.shared_experts.down_proj.weight",    moe && S,      d,            f * S,  NORMAL) \
-    X(coe_weights,              "mlp.coe_weights.%d",                     moe && up ? C - 1 : 0, 1,    d,      ZEROS) \
-    X(dense_gate_proj,          "mlp.gate_proj.weight",                   !moe,          I,            d,      NORMAL) \
-    X(dense_up_proj,            "mlp.up_proj.weight",                     !moe,          I,            d,      NORMAL) \
-    X(dense_down_proj,          "mlp.down_proj.weight",                   !moe,          d,            I,      NORMAL)
+    /* attention */                                                                                \
+    X(input_layernorm, "input_layernorm.weight",                 1,             1,      d, ONES)   \
+    X(q_proj,          "self_attn.q_proj.weight",               !r, H * (dn + dr),      d, NORMAL) \
+    X(q_a_proj,        "self_attn.q_a_proj.weight",            !!r,             r,      d, NORMAL) \
+    X(q_a_bias,        "self_attn.q_a_proj.bias",      r && biased,             1,      r, ZEROS)  \
+    X(q_a_layernorm,   "self_attn.q_a_layernorm.weight",       !!r,             1,      r, ONES)   \
+    X(q_b_proj,        "self_attn.q_b_proj.weight",            !!r, H * (dn + dr),      r, NORMAL) \
+    X(kv_a_proj,       "self_attn.kv_a_proj_with_mqa.weight",    1,        R + dr,      d, NORMAL) \
+    X(kv_a_bias,       "self_attn.kv_a_proj_with_mqa.bias", biased,             1, R + dr, ZEROS)  \
+    X(kv_a_layernorm,  "self_attn.kv_a_layernorm.weight",        1,             1,      R, ONES)   \
+    X(kv_b_proj,       "self_attn.kv_b_proj.weight",             1, H * (dn + dv),      R, NORMAL) \
+    X(o_proj,          "self_attn.o_proj.weight",                1,             d, H * dv, NORMAL) \
+    X(o_bias,          "self_attn.o_proj.bias",             biased,             1,      d, ZEROS)  \
+    X(post_attention_layernorm, "post_attention_layernorm.weight", 1,           1,      d, ONES)   \
+    /* experts, or a dense feed-forward */                                                         \
+    X(gate,              gate_name,                          moe ? G : 0,     E,     d, GATE)      \
+    X(experts_gate_proj, "mlp.experts.%d.gate_proj.weight",  moe ? E : 0,     f,     d, NORMAL)    \
+    X(experts_up_proj,   "mlp.experts.%d.up_proj.weight",    moe ? E : 0,     f,     d, NORMAL)    \
+    X(experts_down_proj, "mlp.experts.%d.down_proj.weight",  moe ? E : 0,     d,     f, NORMAL)    \
+    X(shared_gate_proj,  "mlp.shared_experts.gate_proj.weight", moe && S, f * S,     d, NORMAL)    \
+    X(shared_up_proj,    "mlp.shared_experts.up_proj.weight",   moe && S, f * S,     d, NORMAL)    \
+    X(shared_down_proj,  "mlp.shared_experts.down_proj.weight", moe && S,     d, f * S, NORMAL)    \
+    X(coe_weights,       "mlp.coe_weights.%d",     moe && up ? C - 1 : 0,     1,     d, ZEROS)     \
+    X(dense_gate_proj,   "mlp.gate_proj.weight",                    !moe,     I,     d, NORMAL)    \
+    X(dense_up_proj,     "mlp.up_proj.weight",                      !moe,     I,     d, NORMAL)    \
+    X(dense_down_proj,   "mlp.down_proj.weight",                    !moe,     d,     I, NORMAL)
 
 typedef struct {
     const char *name;           // without "model.layers.l."
@@ -469,14 +565,15 @@ typedef struct {
     real *data;                 // (copies, rows, cols)
 } Tensor;
 
-typedef struct {                // only Tensors, so a layer is also an array of LAYER_TENSOR_COUNT of them
+typedef struct {                // only Tensors: a layer is also an array of LAYER_TENSOR_COUNT
 #define X(field, ...) Tensor field;
     LAYER_TENSORS(X)
 #undef X
 } Layer;
 enum { LAYER_TENSOR_COUNT = sizeof(Layer) / sizeof(Tensor) };
 
-// All tensors twice over: as one array in file order, and by name. The gradients are a second such struct.
+// All tensors twice over: as one array in file order, and by name. The gradients are a second
+// struct of this kind.
 typedef struct {
     Tensor *tensor;             // embed_tokens, the layers, norm, lm_head
     size_t n_tensors;
@@ -493,12 +590,13 @@ static const char HEAD_TENSORS[3][24] = { "embed_tokens.weight", "norm.weight", 
 static size_t tensor_size(const Tensor *t) { return t->copies * t->rows * t->cols; }
 static real *at(const Tensor *t, size_t e) { return t->data + e * t->rows * t->cols; }
 
-// Lays out the tensors of a model: names, shapes, offsets. `up`: the upcycled kind, with coe_weights.
-// `bind` then gives them memory.
+// Lays out the tensors of a model: names, shapes, offsets. weights_bind then gives them memory.
+// `up`: the upcycled kind, with coe_weights. Fails where sizes overflow.
 static Weights weights_layout(const Config *c, int up) {
-    const size_t V = c->vocab_size, d = c->hidden_size, H = c->num_attention_heads, L = c->num_hidden_layers,
-        dn = c->qk_nope_head_dim, dr = c->qk_rope_head_dim, dv = c->v_head_dim, r = c->q_lora_rank, R = c->kv_lora_rank,
-        E = c->n_routed_experts, f = c->moe_intermediate_size, S = c->n_shared_experts, I = c->intermediate_size,
+    const size_t V = c->vocab_size, d = c->hidden_size, L = c->num_hidden_layers,
+        H = c->num_attention_heads, dn = c->qk_nope_head_dim, dr = c->qk_rope_head_dim,
+        dv = c->v_head_dim, r = c->q_lora_rank, R = c->kv_lora_rank, E = c->n_routed_experts,
+        f = c->moe_intermediate_size, S = c->n_shared_experts, I = c->intermediate_size,
         C = c->inner_iter, G = n_gates(c);
     const int biased = c->attention_bias != 0;
     const char *gate_name = c->use_igate ? "mlp.gate.%d.weight" : "mlp.gate.weight";
@@ -513,16 +611,18 @@ static Weights weights_layout(const Config *c, int up) {
     *w.lm_head      = (Tensor){ HEAD_TENSORS[2], !c->tie_word_embeddings, V, d, NORMAL, 0, NULL };
     for (size_t l = 0; l < L; l++) {
         const int moe = is_moe(c, l);
-#define X(field, name, copies, rows, cols, init) w.layer[l].field = (Tensor){ name, (size_t)(copies), rows, cols, init, 0, NULL };
+#define X(field, name, copies, rows, cols, init) \
+        w.layer[l].field = (Tensor){ name, (size_t)(copies), rows, cols, init, 0, NULL };
         LAYER_TENSORS(X)
 #undef X
     }
     for (size_t i = 0; i < w.n_tensors; i++) {
         Tensor *t = &w.tensor[i];
+        const size_t size = product(product(t->copies, t->rows), t->cols);
         t->offset = w.size;
-        w.size = sum(w.size, sum(product(product(t->copies, t->rows), t->cols), 15)) & ~(size_t)15;    // 16 floats are 64 bytes
+        w.size = sum(w.size, sum(size, 15)) & ~(size_t)15;      // 16 floats are 64 bytes
     }
-    product(w.size, 4 * sizeof(real));      // weights, gradients and both moments can be counted in bytes
+    product(w.size, 4 * sizeof(real));      // weights, gradients, both moments: countable in bytes
     if (c->tie_word_embeddings) w.lm_head = w.embed_tokens;
     return w;
 }
@@ -533,15 +633,18 @@ static void weights_bind(Weights *w, real *block) {
         w->tensor[i].data = w->tensor[i].copies ? block + w->tensor[i].offset : NULL;
 }
 
-// The full name of copy e of tensor i, as in a checkpoint: "model.layers.3.mlp.experts.7.up_proj.weight".
+// The full name of copy e of tensor i, as in a checkpoint, into name[size]:
+// "model.layers.3.mlp.experts.7.up_proj.weight".
 static void tensor_name(char *name, size_t size, const Weights *w, size_t i, size_t e) {
     char part[96];
 #pragma GCC diagnostic push
 #pragma GCC diagnostic ignored "-Wformat-nonliteral"
-    snprintf(part, sizeof part, w->tensor[i].name, (int)e);     // the format is a name of the table above
+    snprintf(part, sizeof part, w->tensor[i].name, (int)e);     // the format is a name of the table
 #pragma GCC diagnostic pop
-    if (i == 0 || i >= w->n_tensors - 2) snprintf(name, size, "%s%s", i == w->n_tensors - 1 ? "" : "model.", part);
-    else snprintf(name, size, "model.layers.%zu.%s", (i - 1) / LAYER_TENSOR_COUNT, part);
+    if (i == 0 || i >= w->n_tensors - 2)
+        snprintf(name, size, "%s%s", i == w->n_tensors - 1 ? "" : "model.", part);
+    else
+        snprintf(name, size, "model.layers.%zu.%s", (i - 1) / LAYER_TENSOR_COUNT, part);
 }
 
 typedef struct {
@@ -562,7 +665,8 @@ static void weights_init(Model *m, uint64_t seed) {
         Tensor *t = &m->w.tensor[i];
         uint64_t rng = seed * 0x2545F4914F6CDD1Du + i;
         rng = rng_next(&rng);
-        double bound = 1 / sqrt((double)m->config.hidden_size), deviation = m->config.initializer_range;
+        const double bound = 1 / sqrt((double)m->config.hidden_size);
+        const double deviation = m->config.initializer_range;
         for (size_t n = tensor_size(t), k = 0; k < n; k++)
             switch (t->init) {
             case NORMAL: t->data[k] = (real)(deviation * rng_normal(&rng)); break;
@@ -573,7 +677,8 @@ static void weights_init(Model *m, uint64_t seed) {
     }
 }
 
-// Parameters in all, and those that one token is multiplied with (embedding rows are looked up, not multiplied).
+// Parameters in all, and those that one token is multiplied with, once per iteration where the
+// chain repeats them. (Embedding rows are looked up, not multiplied.)
 static void count_parameters(const Model *m, size_t *total, size_t *active) {
     const Config *c = &m->config;
     *total = *active = 0;
@@ -581,7 +686,8 @@ static void count_parameters(const Model *m, size_t *total, size_t *active) {
         const Tensor *t = &m->w.tensor[i];
         size_t n = tensor_size(t);
         *total += n;
-        if (strstr(t->name, ".experts.") && n) n = n / t->copies * (size_t)(c->num_experts_per_tok * c->inner_iter);
+        if (strstr(t->name, ".experts.") && n)
+            n = n / t->copies * (size_t)(c->num_experts_per_tok * c->inner_iter);
         if (strstr(t->name, ".shared_experts.")) n *= (size_t)c->inner_iter;
         if (strstr(t->name, "mlp.gate.weight")) n *= (size_t)c->inner_iter;
         if (t == m->w.embed_tokens && t != m->w.lm_head) n = 0;
@@ -592,25 +698,28 @@ static void count_parameters(const Model *m, size_t *total, size_t *active) {
 // The resolved model in one line, on stderr.
 static void print_model(const Model *m) {
     const Config *c = &m->config;
+    const char *residual =
+        m->coe_weights ? (c->outer_residual ? "coe_weights+outer" : "coe_weights") :
+        c->inner_residual ? (c->outer_residual ? "inner+outer" : "inner") :
+        c->outer_residual ? "outer" : "none";
     size_t total, active;
     count_parameters(m, &total, &active);
     fprintf(stderr, "model: d %lld, L %lld, E %lld, K %lld, C %lld, S %lld, residual %s, gates %s, "
-            "%.3f M parameters, %.3f M active, %d thread%s\n", (long long)c->hidden_size, (long long)c->num_hidden_layers,
-            (long long)c->n_routed_experts, (long long)c->num_experts_per_tok, (long long)c->inner_iter,
-            (long long)c->n_shared_experts,
-            m->coe_weights ? (c->outer_residual ? "coe_weights+outer" : "coe_weights") :
-            c->inner_residual ? (c->outer_residual ? "inner+outer" : "inner") : c->outer_residual ? "outer" : "none",
+            "%.3f M parameters, %.3f M active, %d thread%s\n",
+            (long long)c->hidden_size, (long long)c->num_hidden_layers,
+            (long long)c->n_routed_experts, (long long)c->num_experts_per_tok,
+            (long long)c->inner_iter, (long long)c->n_shared_experts, residual,
             c->use_igate ? "own" : "shared", (double)total / 1e6, (double)active / 1e6,
             thread_count(), thread_count() == 1 ? "" : "s");
 }
 
-// ---- [5] the model file -------------------------------------------------------------------------------
+// ---- [5] the model file -------------------------------------------------------------------------
 // Little-endian. Every section starts at a multiple of 64, so a mapped file can be used as it lies.
 //
 //     +--------------------+ 0
 //     | header, 1024 bytes |  magic, sizes of the sections, the config
 //     +--------------------+ 1024
-//     | embedded files     |  tokenizer.json and the like: name (56 bytes), length (8), content, padding
+//     | embedded files     |  tokenizer.json etc.: name (56 bytes), length (8), content, padding
 //     +--------------------+
 //     | tokenizer          |  empty for the byte tokenizer
 //     +--------------------+
@@ -619,10 +728,10 @@ static void print_model(const Model *m) {
 //     | training state     |  written by train.c, absent in a model that is only run
 //     +--------------------+
 //
-// The header says how long each of them is, and the file must be exactly as long as that: what was cut
-// off in a download, or belongs to another config, is found before the first weight is read.
+// The header says how long each of them is, and the file must be exactly as long as that: what was
+// cut off in a download, or belongs to another config, is found before the first weight is read.
 
-enum { NO_TOKENIZER, BYTES };       // the byte tokenizer: ids 0..255 are the bytes, 256 is BOS and 257 EOS
+enum { NO_TOKENIZER, BYTES };       // the byte tokenizer: ids 0..255 are bytes, 256 BOS, 257 EOS
 enum { HEADER_BYTES = 1024, MODEL_VERSION = 1 };
 
 typedef struct {
@@ -637,66 +746,98 @@ typedef struct {
 } Header;
 _Static_assert(sizeof(Header) == HEADER_BYTES, "the header is 1024 bytes");
 
-// Ends the program with what a file is that does not start like a model file.
+// Ends the program and says what a file is that does not start like a model file, from its first n
+// bytes.
 static _Noreturn void not_a_model(const char *path, const char *head, size_t n) {
     const char *convert = "; python export.py makes a model.bin of a Hugging Face checkpoint";
     if (n == 0) fail(FAILED, "%s: is empty, must be a model file", path);
     if (n >= 4 && !memcmp(head, "1EOC", 4))
-        fail(FAILED, "%s: was written on a machine of the other endianness, must be little-endian", path);
-    if (n >= 4 && !memcmp(head, "GGUF", 4)) fail(FAILED, "%s: is a GGUF file, must be a model file%s", path, convert);
-    if (n > 9 && head[8] == '{' && head[9] == '"') fail(FAILED, "%s: is a safetensors file, must be a model file%s", path, convert);
-    if (n >= 7 && !memcmp(head, "version", 7)) fail(FAILED, "%s: is a git-LFS pointer, not the file itself: git lfs pull fetches it", path);
-    if (*head == '{' || *head == '<') fail(FAILED, "%s: is %s text, must be a model file%s", path, *head == '{' ? "JSON" : "HTML", convert);
-    fail(FAILED, "%s: starts with bytes %02x %02x, must start with \"COE1\"", path, (unsigned char)head[0], n > 1 ? (unsigned char)head[1] : 0u);
+        fail(FAILED, "%s: was written on a machine of the other endianness, "
+             "must be little-endian", path);
+    if (n >= 4 && !memcmp(head, "GGUF", 4))
+        fail(FAILED, "%s: is a GGUF file, must be a model file%s", path, convert);
+    if (n > 9 && head[8] == '{' && head[9] == '"')
+        fail(FAILED, "%s: is a safetensors file, must be a model file%s", path, convert);
+    if (n >= 7 && !memcmp(head, "version", 7))
+        fail(FAILED, "%s: is a git-LFS pointer, not the file itself: git lfs pull fetches it",
+             path);
+    if (*head == '{' || *head == '<')
+        fail(FAILED, "%s: is %s text, must be a model file%s",
+             path, *head == '{' ? "JSON" : "HTML", convert);
+    fail(FAILED, "%s: starts with bytes %02x %02x, must start with \"COE1\"",
+         path, (unsigned char)head[0], n > 1 ? (unsigned char)head[1] : 0u);
 }
 
-// Checks everything that the header says against itself and against the file's size, and lays out the tensors.
-static void read_header(Model *m, Header *h, const char *path, const char *head, uint64_t file_bytes) {
+// Checks everything that the header says against itself and against the file's size, and lays out
+// the tensors: m gets its config and w, *h the header. `head` has HEADER_BYTES bytes.
+static void read_header(Model *m, Header *h, const char *path, const char *head,
+                        uint64_t file_bytes) {
     size_t n = file_bytes < HEADER_BYTES ? (size_t)file_bytes : HEADER_BYTES;
     if (n < 4 || memcmp(head, "COE1", 4)) not_a_model(path, head, n);
-    if (n < HEADER_BYTES) fail(FAILED, "%s: is %zu bytes long, the header alone is %d", path, n, HEADER_BYTES);
+    if (n < HEADER_BYTES)
+        fail(FAILED, "%s: is %zu bytes long, the header alone is %d", path, n, HEADER_BYTES);
     memcpy(h, head, sizeof *h);
-    if (h->version != MODEL_VERSION) fail(FAILED, "%s: version is %u, this program reads version %d", path, h->version, MODEL_VERSION);
-    if (h->file_bytes != file_bytes) fail(FAILED, "%s: is %llu bytes long, its header says %llu: cut off or damaged",
-                                          path, (unsigned long long)file_bytes, (unsigned long long)h->file_bytes);
-    if (h->dtype != 0) fail(FAILED, "%s: weight type is %lld, this program reads 0 (float32): python export.py %s f32.bin --dtype f32",
-                            path, (long long)h->dtype, path);
-    if (h->tokenizer < 0 || h->tokenizer > BYTES) fail(FAILED, "%s: tokenizer is %lld, must be 0 (none) or 1 (bytes)", path, (long long)h->tokenizer);
-    if (h->coe_weights < 0 || h->coe_weights > 1) fail(FAILED, "%s: coe_weights is %lld, must be 0 or 1", path, (long long)h->coe_weights);
-    if (h->tokenizer_bytes) fail(FAILED, "%s: the tokenizer takes %llu bytes, must be 0", path, (unsigned long long)h->tokenizer_bytes);
+    if (h->version != MODEL_VERSION)
+        fail(FAILED, "%s: version is %u, this program reads version %d",
+             path, h->version, MODEL_VERSION);
+    if (h->file_bytes != file_bytes)
+        fail(FAILED, "%s: is %llu bytes long, its header says %llu: cut off or damaged",
+             path, (unsigned long long)file_bytes, (unsigned long long)h->file_bytes);
+    if (h->dtype != 0)
+        fail(FAILED, "%s: weight type is %lld, this program reads 0 (float32): "
+             "python export.py %s f32.bin --dtype f32", path, (long long)h->dtype, path);
+    if (h->tokenizer < 0 || h->tokenizer > BYTES)
+        fail(FAILED, "%s: tokenizer is %lld, must be 0 (none) or 1 (bytes)",
+             path, (long long)h->tokenizer);
+    if (h->coe_weights < 0 || h->coe_weights > 1)
+        fail(FAILED, "%s: coe_weights is %lld, must be 0 or 1", path, (long long)h->coe_weights);
+    if (h->tokenizer_bytes)
+        fail(FAILED, "%s: the tokenizer takes %llu bytes, must be 0",
+             path, (unsigned long long)h->tokenizer_bytes);
     config_check(&h->config, path, FAILED);
     m->config = h->config;
     m->coe_weights = (int)h->coe_weights;
     m->tokenizer = (int)h->tokenizer;
-    if (m->coe_weights && h->config.inner_iter < 2) fail(FAILED, "%s: inner_iter is 1, must be at least 2 with coe_weights", path);
-    if (m->tokenizer == BYTES && h->config.vocab_size < 258) fail(FAILED, "%s: vocab_size is %lld, must be at least 258 with the byte tokenizer",
-                                                                  path, (long long)h->config.vocab_size);
-    // No tensor list is built before the file is known to be as large as the largest part of it would be.
-    if ((uint64_t)h->config.num_hidden_layers * 64 > file_bytes) fail(FAILED, "%s: num_hidden_layers is %lld, more than a file of %llu bytes holds",
-            path, (long long)h->config.num_hidden_layers, (unsigned long long)file_bytes);
+    if (m->coe_weights && h->config.inner_iter < 2)
+        fail(FAILED, "%s: inner_iter is 1, must be at least 2 with coe_weights", path);
+    if (m->tokenizer == BYTES && h->config.vocab_size < 258)
+        fail(FAILED, "%s: vocab_size is %lld, must be at least 258 with the byte tokenizer",
+             path, (long long)h->config.vocab_size);
+    // A layer takes 64 bytes or more. So a file that is too small for its number of layers is
+    // found before the list of their tensors takes up memory.
+    if ((uint64_t)h->config.num_hidden_layers * 64 > file_bytes)
+        fail(FAILED, "%s: num_hidden_layers is %lld, more than a file of %llu bytes holds",
+             path, (long long)h->config.num_hidden_layers, (unsigned long long)file_bytes);
     m->w = weights_layout(&m->config, m->coe_weights);
-    size_t expected = sum(HEADER_BYTES, sum(sum(h->files_bytes, h->state_bytes), product(m->w.size, 4)));
+    size_t sections = sum(sum(h->files_bytes, h->state_bytes), product(m->w.size, 4));
+    size_t expected = sum(HEADER_BYTES, sections);
     if (expected != file_bytes || h->files_bytes % 64)
-        fail(FAILED, "%s: is %llu bytes long, but this config needs %zu: header and file disagree", path, (unsigned long long)file_bytes, expected);
+        fail(FAILED, "%s: is %llu bytes long, but this config needs %zu: header and file disagree",
+             path, (unsigned long long)file_bytes, expected);
 }
 
 // Reads exactly `bytes` from a file, or ends the program.
 static void read_exactly(void *to, size_t bytes, FILE *file, const char *path) {
-    if (fread(to, 1, bytes, file) != bytes) fail(FAILED, "%s: ends early or cannot be read (%s)", path, errno ? strerror(errno) : "end of file");
+    if (fread(to, 1, bytes, file) != bytes)
+        fail(FAILED, "%s: ends early or cannot be read (%s)",
+             path, errno ? strerror(errno) : "end of file");
 }
 
-// Opens a regular file and tells its size. Directories and pipes open too on some systems, hence the check.
+// Opens a regular file and tells its size. Directories and pipes open too on some systems, hence
+// the checks.
 static FILE *open_regular(const char *path, uint64_t *bytes) {
     errno = 0;
 #ifndef _WIN32
-    struct stat info = { 0 };       // asked for before fopen, which would wait for the other end of a pipe
+    struct stat info = { 0 };   // asked for before fopen, which would wait for a pipe's other end
     if (!stat(path, &info) && !S_ISREG(info.st_mode))
-        fail(FAILED, "%s: is %s, must be a regular file", path, S_ISDIR(info.st_mode) ? "a directory" : "a device or pipe");
+        fail(FAILED, "%s: is %s, must be a regular file",
+             path, S_ISDIR(info.st_mode) ? "a directory" : "a device or pipe");
 #endif
     FILE *file = fopen(path, "rb");
     if (!file) fail(FAILED, "%s: cannot be opened: %s", path, strerror(errno));
 #ifndef _WIN32
-    if (fstat(fileno(file), &info)) fail(FAILED, "%s: cannot be examined: %s", path, strerror(errno));
+    if (fstat(fileno(file), &info))
+        fail(FAILED, "%s: cannot be examined: %s", path, strerror(errno));
     *bytes = (uint64_t)info.st_size;
 #else
     _fseeki64(file, 0, SEEK_END);
@@ -708,6 +849,7 @@ static FILE *open_regular(const char *path, uint64_t *bytes) {
 
 #ifndef _WIN32
 // A mapped file that another program cuts short raises SIGBUS where the missing page is touched.
+// Only write() and _exit() are safe in a signal handler.
 static void on_sigbus(int signal_number) {
     (void)signal_number;
     static const char text[] = "error: the model file became shorter while it was read\n";
@@ -716,9 +858,10 @@ static void on_sigbus(int signal_number) {
 }
 #endif
 
-// Opens a model file. With `to_train` the weights are read into memory; otherwise they are mapped, so that
-// starting takes no longer for a large model and pages come as they are used. *file, if wanted, stays
-// open at the training state of `state_bytes` bytes.
+// Opens a model file, or ends the program. With `to_train` the weights are read into memory;
+// otherwise they are mapped, so that starting takes no longer for a large model and pages come as
+// they are used. *state, if wanted, is the file, still open, at its training state of *state_bytes
+// bytes; that works with to_train only.
 static Model model_open(const char *path, int to_train, FILE **state, uint64_t *state_bytes) {
     Model m = { 0 };
     Header h;
@@ -755,6 +898,7 @@ static Model model_open(const char *path, int to_train, FILE **state, uint64_t *
     return m;
 }
 
+// Gives back the memory of a model, or its mapping; m is empty then.
 static void model_free(Model *m) {
 #ifndef _WIN32
     if (m->map) munmap(m->map, m->map_bytes); else
@@ -765,9 +909,10 @@ static void model_free(Model *m) {
     memset(m, 0, sizeof *m);
 }
 
-// ---- [6] operations on rows ---------------------------------------------------------------------------
-// A compiler may not reorder a sum of floats, so a plain loop over one adds one number at a time. Where a
-// sum matters for speed it is written with vectors: the widest that the machine has registers for.
+// ---- [6] operations on rows ---------------------------------------------------------------------
+// A compiler may not reorder a sum of floats, so a plain loop over one adds one number at a time.
+// Where a sum matters for speed it is written with vectors, the widest that the machine has
+// registers for.
 
 #if defined(__AVX512F__)
 enum { VECTOR_BYTES = 64, PANEL_VECTORS = 4 };      // 32 registers of 64 bytes: see [7] for the 4
@@ -780,7 +925,8 @@ enum { VECTOR_BYTES = 16, PANEL_VECTORS = 2 };
 #endif
 enum { LANES = VECTOR_BYTES / sizeof(real) };
 typedef real vec  __attribute__((vector_size(VECTOR_BYTES)));
-typedef real uvec __attribute__((vector_size(VECTOR_BYTES), aligned(sizeof(real)), may_alias));   // at any address
+// The same at any address.
+typedef real uvec __attribute__((vector_size(VECTOR_BYTES), aligned(sizeof(real)), may_alias));
 
 // clang would split 64-byte vectors in two, for processors on which they slow down the clock.
 #if defined(__clang__) && __has_attribute(min_vector_width)
@@ -789,6 +935,7 @@ typedef real uvec __attribute__((vector_size(VECTOR_BYTES), aligned(sizeof(real)
 #define WIDE
 #endif
 
+// LANES numbers from p on.
 static inline vec load(const real *p) { return *(const uvec *)p; }
 
 // The lanes of a vector added up, always in the same order.
@@ -814,31 +961,35 @@ WIDE static real dot(const real *x, const real *y, size_t n) {
 }
 
 // e^x to 2 units in the last place, in a form that the compiler can vectorise (libm's is a call).
-// x = k ln 2 + r with |r| <= ln 2 / 2: e^r is its Taylor series, 2^k is written into the exponent bits.
-// |x| is cut at 87, where float's normal range ends; a NaN stays one.
+// x = k ln 2 + r with |r| <= ln 2 / 2: e^r is its Taylor series, 2^k is written into the exponent
+// bits. |x| is cut at 87, where float's normal range ends; a NaN stays one.
 static inline real exp_fast(real x) {
     if (sizeof(real) == sizeof(double)) return (real)exp((double)x);
     const float magic = 12582912.0f;            // 1.5 * 2^23: adding it rounds to a whole number
     float v = x < -87 ? -87.0f : x > 87 ? 87.0f : (float)x;
     float shifted = v * 1.44269504f + magic, k = shifted - magic;
-    float r = v - k * 0.693359375f + k * 2.12194440e-4f;        // ln 2 in two parts: k times the first is exact
-    float p = 1 + r * (1 + r * (1.0f / 2 + r * (1.0f / 6 + r * (1.0f / 24 + r * (1.0f / 120 + r * (1.0f / 720 + r / 5040))))));
+    // ln 2 in two parts, the first with so few bits that k times it is exact.
+    float r = v - k * 0.693359375f + k * 2.12194440e-4f;
+    float p = 1 + r * (1 + r * (1.0f / 2 + r * (1.0f / 6 + r * (1.0f / 24 +
+              r * (1.0f / 120 + r * (1.0f / 720 + r / 5040))))));
     uint32_t bits;
     memcpy(&bits, &shifted, sizeof bits);
-    bits = (bits << 23) + 0x3F800000u;          // the low bits of `shifted` are k; 0x3F800000 is 1.0
+    bits = (bits << 23) + 0x3F800000u;          // the low bits are k; 0x3F800000 is 1.0
     float power;
     memcpy(&power, &bits, sizeof power);
     return (real)(p * power);
 }
 
+// 1 / (1 + e^-x)
 static inline real sigmoid(real x) { return 1 / (1 + exp_fast(-x)); }
 
 // Whether work of this many operations repays waking the other threads (a few microseconds).
 static int worth_threads(size_t operations) { return operations > 20000; }
 
-// y_i = w_i x_i / rms,  1 / rms = (mean_j x_j^2 + eps)^(-1/2);   y (n, d), x (n, d) at stride ldx, w (d).
-// kept: inverse (n) = 1 / rms, unless NULL
-static void rmsnorm(real *y, size_t ldy, real *inverse, const real *x, size_t ldx, const Tensor *w, size_t n, real eps) {
+// y_i = w_i x_i / rms,  1 / rms = (mean_j x_j^2 + eps)^(-1/2)
+// y (n, d) at stride ldy, x (n, d) at stride ldx, w (d).  kept: inverse (n) = 1 / rms, unless NULL
+static void rmsnorm(real *y, size_t ldy, real *inverse, const real *x, size_t ldx, const Tensor *w,
+                    size_t n, real eps) {
     const size_t d = w->cols;
     #pragma omp parallel for if (worth_threads(n * d))
     for (size_t t = 0; t < n; t++) {
@@ -850,7 +1001,8 @@ static void rmsnorm(real *y, size_t ldy, real *inverse, const real *x, size_t ld
     }
 }
 
-// The largest and the sum of n numbers. LANES of them at a time, because a compiler keeps to the order of a plain loop.
+// The largest of n numbers. LANES of them at a time, because a compiler keeps to the order of a
+// plain loop.
 static real max_of(const real *x, size_t n) {
     real lanes[LANES], max = x[0];
     for (int j = 0; j < LANES; j++) lanes[j] = x[0];
@@ -862,6 +1014,7 @@ static real max_of(const real *x, size_t n) {
     return max;
 }
 
+// The sum of n numbers, in the same way.
 WIDE static real sum_of(const real *x, size_t n) {
     vec lanes = { 0 };
     real tail = 0;
@@ -871,7 +1024,7 @@ WIDE static real sum_of(const real *x, size_t n) {
     return add_lanes(lanes) + tail;
 }
 
-// x_i = e^(scale (x_i - max)) / sum, in place. *total, if wanted: the logarithm of the sum of e^(scale x).
+// x_i = e^(scale (x_i - max)) / sum, in place; x (n). *total, if wanted: log sum_i e^(scale x_i).
 static void softmax(real *x, size_t n, real scale, real *total) {
     const real max = max_of(x, n);
     for (size_t i = 0; i < n; i++) x[i] = exp_fast(scale * (x[i] - max));
@@ -880,27 +1033,31 @@ static void softmax(real *x, size_t n, real scale, real *total) {
     if (total) *total = scale * max + (real)log(all);
 }
 
-// ---- [7] matrix products ------------------------------------------------------------------------------
+// ---- [7] matrix products ------------------------------------------------------------------------
 // All of training is one product, c = a b, met in three forms: y = x w^T forward, dx = dy w and
 // dw = dy^T x backward. They differ in strides only, so there is one kernel.
 //
-// Its heart, tile(), computes 6 rows by PANEL_VECTORS vectors of c. These 24 sums (with 32 registers)
-// stay in registers while k runs: each step loads 4 vectors of b and 6 numbers of a for 24 fused
-// multiply-adds, two of which the machine starts per cycle. 10 loads in 12 cycles leave room, and 24
-// independent sums hide that each takes 4 cycles. Fewer rows would wait for loads, more would not fit.
+// Its heart, tile(), computes 6 rows by PANEL_VECTORS vectors of c. These 24 sums (with 32
+// registers) stay in registers while k runs: each step loads 4 vectors of b and 6 numbers of a for
+// 24 fused multiply-adds, two of which the machine starts per cycle. 10 loads in 12 cycles leave
+// room, and 24 independent sums hide that each takes 4 cycles. Fewer rows would wait for loads, and
+// more would not fit.
 //
-// b is copied, PANEL_DEPTH rows and one tile wide, into a panel: contiguous, as cache and TLB like it, and
-// transposed on the way where b is w^T. One panel serves a whole block of rows of a.
+// b is copied, PANEL_DEPTH rows and one tile wide, into a panel: contiguous, as cache and TLB like
+// it, and transposed on the way where b is w^T. One panel serves a whole block of rows of a.
 //
-// Each c is summed over k in one fixed order, whatever tile or thread it falls to: the number of threads
-// does not change a bit. What is measured: 160 of the 175 GFLOP/s that a core can do at d = 1024.
+// Each c is summed over k in one fixed order, whatever tile or thread it falls to: the number of
+// threads does not change a bit. Measured: 160 of the 175 GFLOP/s that a core can do, at d = 1024.
 
-enum { TILE_ROWS = 6, TILE_COLS = PANEL_VECTORS * LANES, PANEL_DEPTH = 256, BLOCK_ROWS = 32 * TILE_ROWS };
+enum { TILE_ROWS = 6, TILE_COLS = PANEL_VECTORS * LANES, PANEL_DEPTH = 256,
+       BLOCK_ROWS = 32 * TILE_ROWS };
 
-// c (rows, vectors * LANES) = or += a b over depth k, a[i][k] at a[i * ai + k * ak], b[k][j] at b[k * ldb + j].
-// Inlined with constant `rows` and `vectors`: only then do the sums live in registers.
-WIDE static inline __attribute__((always_inline)) void tile(real *c, size_t ldc, const real *a, size_t ai, size_t ak,
-        const real *b, size_t ldb, size_t depth, int rows, int vectors, int add) {
+// c (rows, vectors * LANES) = a b, or += with `add`, over depth k: a[i][k] at a[i * ai + k * ak],
+// b[k][j] at b[k * ldb + j], c[i][j] at c[i * ldc + j]. Inlined with constant `rows` and `vectors`:
+// only then do the sums live in registers.
+WIDE static inline __attribute__((always_inline)) void tile(
+        real *c, size_t ldc, const real *a, size_t ai, size_t ak, const real *b, size_t ldb,
+        size_t depth, int rows, int vectors, int add) {
     vec s[TILE_ROWS][PANEL_VECTORS];
     for (int i = 0; i < rows; i++)
         for (int j = 0; j < vectors; j++) s[i][j] = (vec){ 0 };
@@ -917,9 +1074,10 @@ WIDE static inline __attribute__((always_inline)) void tile(real *c, size_t ldc,
         }
 }
 
-// The tile for a number of rows and vectors known only now. Columns at the right edge go one vector at a time.
-WIDE static void tile_rows(real *c, size_t ldc, const real *a, size_t ai, size_t ak, const real *b, size_t ldb,
-                           size_t depth, size_t rows, int vectors, int add) {
+// tile() for a number of rows and vectors known only now: PANEL_VECTORS, or 1 at the right edge.
+WIDE static void tile_rows(real *c, size_t ldc, const real *a, size_t ai, size_t ak,
+                           const real *b, size_t ldb, size_t depth, size_t rows, int vectors,
+                           int add) {
 #define ROWS(n) case n: \
         if (vectors == 1) tile(c, ldc, a, ai, ak, b, ldb, depth, n, 1, add); \
         else tile(c, ldc, a, ai, ak, b, ldb, depth, n, PANEL_VECTORS, add); \
@@ -928,13 +1086,20 @@ WIDE static void tile_rows(real *c, size_t ldc, const real *a, size_t ai, size_t
 #undef ROWS
 }
 
-// The same for `cols` <= TILE_COLS columns; b has room for whole vectors. The last ones of a row of c may be
-// fewer than a vector: they are computed beside it and copied.
-WIDE static void tile_cols(real *c, size_t ldc, const real *a, size_t ai, size_t ak, const real *b, size_t ldb,
-                           size_t depth, size_t rows, size_t cols, int add) {
-    if (cols == TILE_COLS) { tile_rows(c, ldc, a, ai, ak, b, ldb, depth, rows, PANEL_VECTORS, add); return; }
+// The same for `cols` <= TILE_COLS columns; b has room for whole vectors. The last ones of a row of
+// c may be fewer than a vector: they are computed beside it and copied.
+WIDE static void tile_cols(real *c, size_t ldc, const real *a, size_t ai, size_t ak,
+                           const real *b, size_t ldb, size_t depth, size_t rows, size_t cols,
+                           int add) {
+    if (cols == TILE_COLS) {
+        tile_rows(c, ldc, a, ai, ak, b, ldb, depth, rows, PANEL_VECTORS, add);
+        return;
+    }
     for (size_t j = 0; j < cols; j += LANES) {
-        if (cols - j >= LANES) { tile_rows(c + j, ldc, a, ai, ak, b + j, ldb, depth, rows, 1, add); continue; }
+        if (cols - j >= LANES) {
+            tile_rows(c + j, ldc, a, ai, ak, b + j, ldb, depth, rows, 1, add);
+            continue;
+        }
         real edge[TILE_ROWS * LANES];
         tile_rows(edge, LANES, a, ai, ak, b + j, ldb, depth, rows, 1, 0);
         for (size_t i = 0; i < rows; i++)
@@ -946,8 +1111,10 @@ WIDE static void tile_cols(real *c, size_t ldc, const real *a, size_t ai, size_t
 // The halves of two vectors, interleaved: a0 b0 a1 b1 ..., and the same from the middle on.
 #if !defined(REAL_IS_FLOAT) || !(defined(__clang__) || __GNUC__ >= 12)
 #elif defined(__AVX512F__)
-#define RIFFLE_LOW(a, b)  __builtin_shufflevector(a, b, 0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23)
-#define RIFFLE_HIGH(a, b) __builtin_shufflevector(a, b, 8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31)
+#define RIFFLE_LOW(a, b)  __builtin_shufflevector(a, b, \
+        0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23)
+#define RIFFLE_HIGH(a, b) __builtin_shufflevector(a, b, \
+        8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31)
 #elif defined(__AVX__)
 #define RIFFLE_LOW(a, b)  __builtin_shufflevector(a, b, 0, 8, 1, 9, 2, 10, 3, 11)
 #define RIFFLE_HIGH(a, b) __builtin_shufflevector(a, b, 4, 12, 5, 13, 6, 14, 7, 15)
@@ -956,9 +1123,9 @@ WIDE static void tile_cols(real *c, size_t ldc, const real *a, size_t ai, size_t
 #define RIFFLE_HIGH(a, b) __builtin_shufflevector(a, b, 2, 6, 3, 7)
 #endif
 
-// Writes the transpose of LANES rows of b (stride ldb) to LANES rows of p (stride TILE_COLS). Riffling the
-// rows like two halves of a pack of cards, log2(LANES) times, transposes them: every round moves the
-// highest bit of the row's number to the lowest of the column's.
+// Writes the transpose of LANES rows of b (stride ldb) to LANES rows of p (stride TILE_COLS).
+// Riffling the rows like two halves of a pack of cards, log2(LANES) times, transposes them: every
+// round moves the highest bit of the row's number to the lowest of the column's.
 WIDE static inline void transpose_square(real *p, const real *b, size_t ldb) {
 #ifdef RIFFLE_LOW
     vec x[LANES], y[LANES];
@@ -977,7 +1144,8 @@ WIDE static inline void transpose_square(real *p, const real *b, size_t ldb) {
 #endif
 }
 
-// panel[k][j] = b[k * bk + j * bj] for k < depth, j < cols, in rows of TILE_COLS; 0 up to a whole vector.
+// panel[k][j] = b[k * bk + j * bj] for k < depth, j < cols, in rows of TILE_COLS; 0 from there on,
+// up to a whole vector.
 WIDE static void pack(real *panel, const real *b, size_t bk, size_t bj, size_t depth, size_t cols) {
     size_t whole = (cols + LANES - 1) / LANES * LANES, k = 0;
     if (bj == 1) {
@@ -990,41 +1158,48 @@ WIDE static void pack(real *panel, const real *b, size_t bk, size_t bj, size_t d
     for (size_t j = 0; j < whole; j += LANES) {
         k = 0;
         if (bk == 1 && cols - j >= LANES)
-            for (; k + LANES <= depth; k += LANES) transpose_square(panel + k * TILE_COLS + j, b + k + j * bj, bj);
+            for (; k + LANES <= depth; k += LANES)
+                transpose_square(panel + k * TILE_COLS + j, b + k + j * bj, bj);
         for (; k < depth; k++)
-            for (size_t i = j; i < j + LANES; i++) panel[k * TILE_COLS + i] = i < cols ? b[k * bk + i * bj] : 0;
+            for (size_t i = j; i < j + LANES; i++)
+                panel[k * TILE_COLS + i] = i < cols ? b[k * bk + i * bj] : 0;
     }
 }
 
 // c (M, N) = a b, or += with `add`: c[i][j] at c[i * ldc + j], a[i][k] at a[i * ai + k * ak],
 // b[k][j] at b[k * bk + j * bj]; the sum runs over k < K.
-static void product_of(real *c, size_t ldc, const real *a, size_t ai, size_t ak, const real *b, size_t bk, size_t bj,
-                       size_t M, size_t N, size_t K, int add) {
+static void product_of(real *c, size_t ldc, const real *a, size_t ai, size_t ak,
+                       const real *b, size_t bk, size_t bj, size_t M, size_t N, size_t K, int add) {
     static _Thread_local real panel[PANEL_DEPTH * TILE_COLS] __attribute__((aligned(64)));
     const size_t down = (M + BLOCK_ROWS - 1) / BLOCK_ROWS, across = (N + TILE_COLS - 1) / TILE_COLS;
-    #pragma omp parallel for schedule(dynamic, 1) if (down * across > 1 && worth_threads(M * N * K / 16))
+    #pragma omp parallel for schedule(dynamic, 1) \
+        if (down * across > 1 && worth_threads(M * N * K / 16))
     for (size_t block = 0; block < down * across; block++) {
         const size_t i0 = block / across * BLOCK_ROWS, j0 = block % across * TILE_COLS;
-        const size_t rows = M - i0 < BLOCK_ROWS ? M - i0 : BLOCK_ROWS, cols = N - j0 < TILE_COLS ? N - j0 : TILE_COLS;
+        const size_t rows = M - i0 < BLOCK_ROWS ? M - i0 : BLOCK_ROWS;
+        const size_t cols = N - j0 < TILE_COLS ? N - j0 : TILE_COLS;
         for (size_t k0 = 0; k0 < K; k0 += PANEL_DEPTH) {
             const size_t depth = K - k0 < PANEL_DEPTH ? K - k0 : PANEL_DEPTH;
             pack(panel, b + k0 * bk + j0 * bj, bk, bj, depth, cols);
             for (size_t i = 0; i < rows; i += TILE_ROWS)
-                tile_cols(c + (i0 + i) * ldc + j0, ldc, a + (i0 + i) * ai + k0 * ak, ai, ak, panel, TILE_COLS,
-                          depth, rows - i < TILE_ROWS ? rows - i : TILE_ROWS, cols, add || k0);
+                tile_cols(c + (i0 + i) * ldc + j0, ldc, a + (i0 + i) * ai + k0 * ak, ai, ak,
+                          panel, TILE_COLS, depth, rows - i < TILE_ROWS ? rows - i : TILE_ROWS,
+                          cols, add || k0);
         }
     }
 }
 
-// y (n, out) = or += x (n, in) w^T for few rows: every number of w is used n times only, so what counts is
-// reading it once, in order. Four rows of w at a time keep enough loads on their way.
+// y (n, out) = x (n, in) w (out, in)^T, or += with `add`, for few rows: every number of w is used n
+// times only, so what counts is reading it once, in order. Four rows of w at a time keep enough
+// loads on their way.
 WIDE static void few_rows(real *y, size_t ldy, const real *x, size_t ldx, const real *w, size_t ldw,
                           size_t n, size_t in, size_t out, int add) {
     #pragma omp parallel for schedule(static) if (worth_threads(in * out))
     for (size_t j = 0; j < (out + 3) / 4; j++)
         for (size_t t = 0; t < n; t++) {
             const real *xt = x + t * ldx, *rows[4];
-            for (size_t k = 0; k < 4; k++) rows[k] = w + (4 * j + k < out ? 4 * j + k : out - 1) * ldw;
+            for (size_t k = 0; k < 4; k++)
+                rows[k] = w + (4 * j + k < out ? 4 * j + k : out - 1) * ldw;
             vec s[4] = { { 0 } };
             size_t i = 0;
             for (; i + LANES <= in; i += LANES)
@@ -1038,32 +1213,42 @@ WIDE static void few_rows(real *y, size_t ldy, const real *x, size_t ldx, const 
         }
 }
 
-// The three forms. `add`: += instead of =.
+// The three forms, n rows of activations each; += instead of = with `add`. An argument ld... is the
+// stride of the one before it.
+
 // y (n, out) = x (n, in) w (out, in)^T
-static void matmul_nt(real *y, size_t ldy, const real *x, size_t ldx, const real *w, size_t ldw, size_t n, size_t in, size_t out, int add) {
+static void matmul_nt(real *y, size_t ldy, const real *x, size_t ldx, const real *w, size_t ldw,
+                      size_t n, size_t in, size_t out, int add) {
     if (n < 4) few_rows(y, ldy, x, ldx, w, ldw, n, in, out, add);
     else product_of(y, ldy, x, ldx, 1, w, 1, ldw, n, out, in, add);
 }
+
 // x (n, in) = y (n, out) w (out, in)
-static void matmul_nn(real *x, size_t ldx, const real *y, size_t ldy, const real *w, size_t ldw, size_t n, size_t in, size_t out, int add) {
+static void matmul_nn(real *x, size_t ldx, const real *y, size_t ldy, const real *w, size_t ldw,
+                      size_t n, size_t in, size_t out, int add) {
     product_of(x, ldx, y, ldy, 1, w, ldw, 1, n, in, out, add);
 }
+
 // w (out, in) = y (n, out)^T x (n, in)
-static void matmul_tn(real *w, size_t ldw, const real *y, size_t ldy, const real *x, size_t ldx, size_t n, size_t in, size_t out, int add) {
+static void matmul_tn(real *w, size_t ldw, const real *y, size_t ldy, const real *x, size_t ldx,
+                      size_t n, size_t in, size_t out, int add) {
     product_of(w, ldw, y, 1, ldy, x, ldx, 1, out, in, n, add);
 }
 
-// y (n, rows of w) = x (n, columns of w) w^T + bias, with copy e of the stack w. A bias without data is none.
-static void linear(real *y, const real *x, const Tensor *w, size_t e, const Tensor *bias, size_t n) {
+// y (n, rows of w) = x (n, columns of w) w^T + bias, with copy e of the stack w. A bias that is
+// NULL, or a tensor without data, is none.
+static void linear(real *y, const real *x, const Tensor *w, size_t e, const Tensor *bias,
+                   size_t n) {
     matmul_nt(y, w->rows, x, w->cols, at(w, e), w->cols, n, w->cols, w->rows, 0);
     if (bias && bias->data)
         for (size_t t = 0; t < n; t++)
             for (size_t i = 0; i < w->rows; i++) y[t * w->rows + i] += bias->data[i];
 }
 
-// ---- [8] activations ----------------------------------------------------------------------------------
-// What forward writes. Training keeps every layer's activations for the backward pass; generating uses one
-// set over and over. Both are laid out by one function, called twice: without memory it only measures.
+// ---- [8] activations ----------------------------------------------------------------------------
+// What forward writes. Training keeps every layer's activations for the backward pass; generating
+// uses one set over and over. One function lays out both, called twice: without memory it only
+// measures.
 
 typedef struct { char *base; size_t used; } Arena;
 
@@ -1095,7 +1280,7 @@ typedef struct {        // T here is all rows, B * T of them
     real *q;            // (T, H (dn + dr))  queries, rotated
     real *kv_a;         // (T, R + dr)       latent before its norm, key before its rotation
     real *inverse_kv;   // (T)
-    real *latent;       // (B ctx, R + dr)   normed latent and rotated key: all that is cached per token
+    real *latent;       // (B ctx, R + dr)   normed latent, rotated key: all that is cached
     real *kv;           // (T, H (dn + dv))  keys and values, expanded from the latents
     real *log_sum;      // (T, H)            logarithm of the softmax's denominator
     real *heads;        // (T, H dv)         output of attention, before o_proj
@@ -1126,54 +1311,68 @@ enum { QUERY_BLOCK = 48 };      // queries whose scores a thread holds at a time
 
 static size_t max_size(size_t a, size_t b) { return a > b ? a : b; }
 
-// Places everything that a State holds. Small things (routing) exist for every layer in any case.
+// Places what attention needs in one layer, for T rows; not the cache.
+static void place_layer(LayerState *a, const Config *c, size_t T, Arena *arena) {
+    const size_t d = c->hidden_size, H = c->num_attention_heads, dn = c->qk_nope_head_dim,
+        dr = c->qk_rope_head_dim, dv = c->v_head_dim, r = c->q_lora_rank, R = c->kv_lora_rank,
+        fit = sizeof(real);
+    a->x           = take(arena, T * d, fit);
+    a->inverse_x   = take(arena, T, fit);
+    a->q_a         = take(arena, T * r, fit);
+    a->inverse_q   = take(arena, T, fit);
+    a->q           = take(arena, T * H * (dn + dr), fit);
+    a->kv_a        = take(arena, T * (R + dr), fit);
+    a->inverse_kv  = take(arena, T, fit);
+    a->kv          = take(arena, T * H * (dn + dv), fit);
+    a->log_sum     = take(arena, T * H, fit);
+    a->heads       = take(arena, T * H * dv, fit);
+    a->mid         = take(arena, T * d, fit);
+    a->inverse_mid = take(arena, T, fit);
+}
+
+// Places one iteration for T rows, without its choices: E experts, chosen TK times in all, and
+// a feed-forward of width `wide` that every token visits.
+static void place_iteration(Iteration *i, const Config *c, size_t T, size_t E, size_t TK,
+                            size_t wide, Arena *arena) {
+    const size_t d = c->hidden_size, f = c->moe_intermediate_size, fit = sizeof(real);
+    i->x        = take(arena, T * d, fit);
+    i->score    = take(arena, T * E, fit);
+    i->slot     = take(arena, TK, sizeof(int));
+    i->start    = take(arena, (size_t)c->n_routed_experts + 1, sizeof(int));
+    i->token    = take(arena, TK, sizeof(int));
+    i->g        = take(arena, E ? TK * f : 0, fit);
+    i->u        = take(arena, E ? TK * f : 0, fit);
+    i->shared_g = take(arena, T * wide, fit);
+    i->shared_u = take(arena, T * wide, fit);
+    i->ffn      = take(arena, T * d, fit);
+}
+
+// Places everything that a State holds. The cache and the choices of experts, which run --trace
+// shows, exist for every layer in any case.
 static void state_layout(State *s, const Config *c, Arena *arena) {
-    const size_t T = s->rows, d = c->hidden_size, L = c->num_hidden_layers, H = c->num_attention_heads,
-        dn = c->qk_nope_head_dim, dr = c->qk_rope_head_dim, dv = c->v_head_dim, r = c->q_lora_rank, R = c->kv_lora_rank,
-        E = c->n_routed_experts, K = E ? (size_t)c->num_experts_per_tok : 0, f = c->moe_intermediate_size,
-        fS = f * (size_t)c->n_shared_experts, I = c->intermediate_size, C = c->inner_iter, threads = (size_t)thread_count();
+    const size_t T = s->rows, d = c->hidden_size, L = c->num_hidden_layers,
+        dr = c->qk_rope_head_dim, r = c->q_lora_rank, R = c->kv_lora_rank,
+        E = c->n_routed_experts, K = E ? (size_t)c->num_experts_per_tok : 0,
+        f = c->moe_intermediate_size, fS = f * (size_t)c->n_shared_experts,
+        I = c->intermediate_size, C = c->inner_iter, threads = (size_t)thread_count();
     const size_t fit = sizeof(real), TK = product(T, K), positions = s->keep ? T : s->context;
     int all_moe = 1;
     for (size_t l = 0; l < L; l++) all_moe &= is_moe(c, l);
-    const size_t wide = max_size(fS, all_moe ? 0 : I);      // of the feed-forward that every token visits
+    const size_t wide = max_size(fS, all_moe ? 0 : I);  // of the feed-forward for every token
     s->layer = take(arena, L, sizeof *s->layer);
     s->iterations = take(arena, product(L, C), sizeof *s->iterations);
     LayerState one = { 0 };                 // without keep, what all layers share
     Iteration once = { 0 };
     for (size_t l = 0; l < L; l++) {
+        const int moe = is_moe(c, l);
+        if (s->keep || l == 0) place_layer(&one, c, T, arena);
         LayerState a = one;
-        Iteration i = once;
-        if (s->keep || l == 0) {
-            a.x           = take(arena, T * d, fit);
-            a.inverse_x   = take(arena, T, fit);
-            a.q_a         = take(arena, T * r, fit);
-            a.inverse_q   = take(arena, T, fit);
-            a.q           = take(arena, T * H * (dn + dr), fit);
-            a.kv_a        = take(arena, T * (R + dr), fit);
-            a.inverse_kv  = take(arena, T, fit);
-            a.kv          = take(arena, T * H * (dn + dv), fit);
-            a.log_sum     = take(arena, T * H, fit);
-            a.heads       = take(arena, T * H * dv, fit);
-            a.mid         = take(arena, T * d, fit);
-            a.inverse_mid = take(arena, T, fit);
-            one = a;
-        }
         a.latent = take(arena, product(positions, R + dr), fit);
         for (size_t t = 0; t < C; t++) {
-            const int moe = is_moe(c, l);
-            if (s->keep ? t == 0 || moe : l + t == 0) {
-                i.x        = take(arena, T * d, fit);
-                i.score    = take(arena, !s->keep || moe ? T * E : 0, fit);
-                i.slot     = take(arena, TK, sizeof(int));
-                i.start    = take(arena, E + 1, sizeof(int));
-                i.token    = take(arena, TK, sizeof(int));
-                i.g        = take(arena, !s->keep || moe ? TK * f : 0, fit);
-                i.u        = take(arena, !s->keep || moe ? TK * f : 0, fit);
-                i.shared_g = take(arena, T * (!s->keep ? wide : moe ? fS : I), fit);
-                i.shared_u = take(arena, T * (!s->keep ? wide : moe ? fS : I), fit);
-                i.ffn      = take(arena, T * d, fit);
-                once = i;
-            }
+            if (!s->keep && l + t == 0) place_iteration(&once, c, T, E, TK, wide, arena);
+            if (s->keep && (t == 0 || moe))
+                place_iteration(&once, c, T, moe ? E : 0, TK, moe ? fS : I, arena);
+            Iteration i = once;
             i.expert = take(arena, TK, sizeof(int));
             i.weight = take(arena, TK, fit);
             if (arena->base) s->iterations[l * C + t] = i;
@@ -1196,14 +1395,17 @@ static void state_layout(State *s, const Config *c, Arena *arena) {
     s->absorbed    = take(arena, threads * QUERY_BLOCK * (2 * R + dr), fit);
 }
 
-// The angle that position p turns pair i by is p * omega_i, omega_i = rope_theta^(-2i / dr), stretched where
-// rope_scaling asks for it. Computed in float like the reference: at position 8,000 its rounding shows.
+// Fills s->cos and s->sin (context, dr / 2): position p turns pair i by the angle p * omega_i with
+// omega_i = rope_theta^(-2i / dr), stretched where rope_scaling asks for it. Computed in float like
+// the reference: at position 8,000 its rounding shows.
 static void rope_table(State *s, const Config *c) {
     const size_t half = c->qk_rope_head_dim / 2;
-    const double dim = (double)c->qk_rope_head_dim, base = c->rope_theta, factor = c->rope_scaling_factor;
+    const double dim = (double)c->qk_rope_head_dim, base = c->rope_theta;
+    const double factor = c->rope_scaling_factor;
     const int linear_scaling = c->rope_scaling_type == 1, yarn = c->rope_scaling_type == 2;
-    // YaRN (arXiv 2309.00071): pairs that turn more than beta_fast times in the original context stay as they
-    // are, those that turn less than beta_slow times are interpolated by `factor`, with a ramp in between.
+    // YaRN (arXiv 2309.00071): pairs that turn more than beta_fast times in the original context
+    // stay as they are, those that turn less than beta_slow times are interpolated by `factor`,
+    // with a ramp in between. edge[]: the pairs where the ramp starts and ends.
     double edge[2];
     for (int k = 0; k < 2; k++)
         edge[k] = dim * log((double)c->rope_scaling_original / (6.283185307179586 *
@@ -1211,7 +1413,8 @@ static void rope_table(State *s, const Config *c) {
     double low = fmax(floor(edge[0]), 0), high = fmin(ceil(edge[1]), dim - 1);
     if (low == high) high += 0.001;
     double stretch = yarn && factor > 1 ? 0.1 * log(factor) : 0;
-    double magnitude = (stretch * c->rope_scaling_mscale + 1) / (stretch * c->rope_scaling_mscale_all + 1);
+    double magnitude = (stretch * c->rope_scaling_mscale + 1) /
+                       (stretch * c->rope_scaling_mscale_all + 1);
     for (size_t i = 0; i < half; i++) {
         float omega = (float)(1 / pow(base, 2 * (double)i / dim));
         if (yarn) {
@@ -1227,8 +1430,8 @@ static void rope_table(State *s, const Config *c) {
     }
 }
 
-// Memory for `rows` tokens at once and sequences of up to `context` positions. For training, rows are
-// whole sequences.
+// Memory for `rows` tokens at once and sequences of up to `context` positions. With `keep`, for
+// training, rows are whole sequences. Fails where memory does not suffice.
 static State state_new(const Config *c, size_t rows, size_t context, int keep) {
     State s = { .rows = rows, .context = context, .keep = keep };
     Arena arena = { 0 };
@@ -1241,11 +1444,13 @@ static State state_new(const Config *c, size_t rows, size_t context, int keep) {
     return s;
 }
 
+// Gives a State's memory back.
 static void state_free(State *s) { release(s->memory); s->memory = NULL; }
 
-// ---- [9] attention ------------------------------------------------------------------------------------
-// Multi-head latent attention (DeepSeek-V2, arXiv 2405.04434). Keys and values of all heads are linear in
-// one latent of R numbers per token, so only that and the shared rotated key are cached. For token i, head h:
+// ---- [9] attention ------------------------------------------------------------------------------
+// Multi-head latent attention (DeepSeek-V2, arXiv 2405.04434). Keys and values of all heads are
+// linear in one latent of R numbers per token, so only that and the shared rotated key are cached.
+// For token i, head h:
 //
 //     q        = q_proj x                       (or q_b_proj rmsnorm(q_a_proj x))     (dn + dr)
 //     c, k_rot = kv_a_proj x;    c = rmsnorm(c)                                       (R), (dr)
@@ -1254,16 +1459,19 @@ static void state_free(State *s) { release(s->memory); s->memory = NULL; }
 //     head_i   = sum_j softmax_j(score_ij) v_j;      out = o_proj [heads]
 //
 // Whole sequences expand k and v once. Later tokens attend on the latents themselves, because
-// q . (W_k c) = (W_k^T q) . c and sum p_j (W_v c_j) = W_v (sum p_j c_j): nothing of the past is expanded again.
+// q . (W_k c) = (W_k^T q) . c and sum p_j (W_v c_j) = W_v (sum p_j c_j), where W_k and W_v are a
+// head's rows of kv_b_proj: nothing of the past is expanded again.
 
-// The factor on the scores; mscale_all_dim is YaRN's temperature, squared because it belongs to q and k.
+// The factor on the scores: (dn + dr)^(-1/2), times YaRN's temperature (mscale_all_dim), squared
+// because it belongs to both q and k.
 static real attention_scale(const Config *c) {
     double factor = c->rope_scaling_factor;
     double m = factor > 1 ? 0.1 * c->rope_scaling_mscale_all * log(factor) + 1 : 1;
     return (real)(m * m / sqrt((double)(c->qk_nope_head_dim + c->qk_rope_head_dim)));
 }
 
-// Rotates the dr / 2 neighbouring pairs of x by the angles of a position; with direction -1, back.
+// Rotates the dr / 2 neighbouring pairs of x (dr) by the angles of a position, in place; with
+// direction -1 it rotates back.
 static void rope(real *x, const State *s, size_t position, size_t dr, real direction) {
     const real *cosine = s->cos + position * dr / 2, *sine = s->sin + position * dr / 2;
     for (size_t i = 0; i < dr / 2; i++) {
@@ -1273,80 +1481,97 @@ static void rope(real *x, const State *s, size_t position, size_t dr, real direc
     }
 }
 
-// How many query blocks n tokens make, and the size of the one that starts at i0.
+// How many query blocks n tokens make.
 static size_t query_blocks(size_t n) { return (n + QUERY_BLOCK - 1) / QUERY_BLOCK; }
-static size_t block_rows(size_t n, size_t i0) { return n - i0 < QUERY_BLOCK ? n - i0 : QUERY_BLOCK; }
 
-// Softmax over the keys that each row may see, 0 for the rest: row i of p (rows, keys) sees the first
-// seen + i. log_sum at stride H, or NULL.
-static void causal_softmax(real *p, size_t rows, size_t keys, size_t seen, real scale, real *log_sum, size_t H) {
+// The size of the one that starts at token i0.
+static size_t block_rows(size_t n, size_t i0) {
+    return n - i0 < QUERY_BLOCK ? n - i0 : QUERY_BLOCK;
+}
+
+// Softmax over the keys that each row may see, 0 for the rest: row i of p (rows, keys) sees the
+// first seen + i. log_sum at stride H, or NULL.
+static void causal_softmax(real *p, size_t rows, size_t keys, size_t seen, real scale,
+                           real *log_sum, size_t H) {
     for (size_t i = 0; i < rows; i++) {
         softmax(p + i * keys, seen + i, scale, log_sum ? log_sum + i * H : NULL);
         memset(p + i * keys + seen + i, 0, (keys - seen - i) * sizeof(real));
     }
 }
 
-// The scores of `rows` queries against `keys` keys of one head: p (rows, keys) = q k^T + q_rot k_rot^T.
-// q (rows, dn + dr) at stride ldq, k (keys, dn) at stride ldk, k_rot (keys, dr) at stride ldr.
-static void scores_of(real *p, const real *q, size_t ldq, const real *k, size_t ldk, const real *k_rot, size_t ldr,
-                      size_t rows, size_t keys, size_t dn, size_t dr) {
+// The scores of `rows` queries against `keys` keys of one head:
+//     p (rows, keys) = q k^T + q_rot k_rot^T
+// q and q_rot side by side (rows, dn + dr) at stride ldq, k (keys, dn) at ldk, k_rot (keys, dr) at
+// ldr.
+static void scores_of(real *p, const real *q, size_t ldq, const real *k, size_t ldk,
+                      const real *k_rot, size_t ldr, size_t rows, size_t keys,
+                      size_t dn, size_t dr) {
     matmul_nt(p, keys, q, ldq, k, ldk, rows, dn, keys, 0);
     matmul_nt(p, keys, q + dn, ldq, k_rot, ldr, rows, dr, keys, 1);
 }
 
-// heads (B n, H dv) from a->q, a->kv and the rotated keys: whole sequences from position 0 on.
-// kept: log_sum
-static void attend_expanded(const Config *c, State *s, LayerState *a, size_t B, size_t n, size_t stride) {
-    const size_t H = c->num_attention_heads, dn = c->qk_nope_head_dim, dr = c->qk_rope_head_dim, dv = c->v_head_dim,
-        R = c->kv_lora_rank, dq = dn + dr, dkv = dn + dv, blocks = query_blocks(n);
+// a->heads (B n, H dv) from a->q, a->kv and the rotated keys: whole sequences from position 0 on.
+// In the cache they start `stride` positions apart.  kept: log_sum, heads
+static void attend_expanded(const Config *c, State *s, LayerState *a, size_t B, size_t n,
+                            size_t stride) {
+    const size_t H = c->num_attention_heads, dn = c->qk_nope_head_dim, dr = c->qk_rope_head_dim,
+        dv = c->v_head_dim, R = c->kv_lora_rank, dq = dn + dr, dkv = dn + dv,
+        blocks = query_blocks(n);
     const real scale = attention_scale(c);
-    #pragma omp parallel for schedule(dynamic, 1)
+    #pragma omp parallel for schedule(dynamic, 1) if (worth_threads(n * s->context * H))
     for (size_t task = 0; task < B * H * blocks; task++) {
         const size_t b = task / blocks / H, h = task / blocks % H, i0 = task % blocks * QUERY_BLOCK;
         const size_t rows = block_rows(n, i0), keys = i0 + rows, first = b * n + i0;
-        const real *kv = a->kv + (b * n * H + h) * dkv;
+        const real *q = a->q + (first * H + h) * dq, *kv = a->kv + (b * n * H + h) * dkv;
+        const real *k_rot = a->latent + b * stride * (R + dr) + R;
+        real *heads = a->heads + (first * H + h) * dv;
         real *p = s->scores + (size_t)thread_id() * QUERY_BLOCK * s->context;
-        scores_of(p, a->q + (first * H + h) * dq, H * dq, kv, H * dkv, a->latent + b * stride * (R + dr) + R, R + dr,
-                  rows, keys, dn, dr);
+        scores_of(p, q, H * dq, kv, H * dkv, k_rot, R + dr, rows, keys, dn, dr);
         causal_softmax(p, rows, keys, i0 + 1, scale, a->log_sum + first * H + h, H);
-        matmul_nn(a->heads + (first * H + h) * dv, H * dv, p, keys, kv + dn, H * dkv, rows, dv, keys, 0);
+        matmul_nn(heads, H * dv, p, keys, kv + dn, H * dkv, rows, dv, keys, 0);
     }
 }
 
-// The same for n tokens from position pos on, on the cached latents.
+// The same for n tokens from position pos on, on the cached latents: nothing is kept.
 static void attend_latent(const Config *c, State *s, LayerState *a, const Tensor *kv_b_proj,
                           size_t B, size_t n, size_t stride, size_t pos) {
-    const size_t H = c->num_attention_heads, dn = c->qk_nope_head_dim, dr = c->qk_rope_head_dim, dv = c->v_head_dim,
-        R = c->kv_lora_rank, dq = dn + dr, blocks = query_blocks(n);
+    const size_t H = c->num_attention_heads, dn = c->qk_nope_head_dim, dr = c->qk_rope_head_dim,
+        dv = c->v_head_dim, R = c->kv_lora_rank, dq = dn + dr, blocks = query_blocks(n);
     const real scale = attention_scale(c);
-    #pragma omp parallel for schedule(dynamic, 1)
+    #pragma omp parallel for schedule(dynamic, 1) if (worth_threads((pos + n) * n * H * R))
     for (size_t task = 0; task < B * H * blocks; task++) {
         const size_t b = task / blocks / H, h = task / blocks % H, i0 = task % blocks * QUERY_BLOCK;
         const size_t rows = block_rows(n, i0), keys = pos + i0 + rows, first = b * n + i0;
-        const real *w_k = kv_b_proj->data + h * (dn + dv) * R, *w_v = w_k + dn * R, *q = a->q + (first * H + h) * dq;
-        const real *latent = a->latent + b * stride * (R + dr);
-        real *p = s->scores + (size_t)thread_id() * QUERY_BLOCK * s->context;
-        real *q_latent = s->absorbed + (size_t)thread_id() * QUERY_BLOCK * (2 * R + dr);    // (rows, R + dr)
-        real *o_latent = q_latent + QUERY_BLOCK * (R + dr);                                 // (rows, R)
-        matmul_nn(q_latent, R + dr, q, H * dq, w_k, R, rows, R, dn, 0);                     // W_k^T q
-        for (size_t i = 0; i < rows; i++) memcpy(q_latent + i * (R + dr) + R, q + i * H * dq + dn, dr * sizeof(real));
+        const size_t thread = (size_t)thread_id();
+        const real *w_k = kv_b_proj->data + h * (dn + dv) * R, *w_v = w_k + dn * R;
+        const real *q = a->q + (first * H + h) * dq, *latent = a->latent + b * stride * (R + dr);
+        real *heads = a->heads + (first * H + h) * dv;
+        real *p = s->scores + thread * QUERY_BLOCK * s->context;
+        real *q_latent = s->absorbed + thread * QUERY_BLOCK * (2 * R + dr);     // (rows, R + dr)
+        real *o_latent = q_latent + QUERY_BLOCK * (R + dr);                     // (rows, R)
+        matmul_nn(q_latent, R + dr, q, H * dq, w_k, R, rows, R, dn, 0);         // W_k^T q
+        for (size_t i = 0; i < rows; i++)
+            memcpy(q_latent + i * (R + dr) + R, q + i * H * dq + dn, dr * sizeof(real));
         matmul_nt(p, keys, q_latent, R + dr, latent, R + dr, rows, R + dr, keys, 0);
         causal_softmax(p, rows, keys, pos + i0 + 1, scale, NULL, 0);
-        matmul_nn(o_latent, R, p, keys, latent, R + dr, rows, R, keys, 0);                  // sum_j p_j c_j
-        matmul_nt(a->heads + (first * H + h) * dv, H * dv, o_latent, R, w_v, R, rows, R, dv, 0);
+        matmul_nn(o_latent, R, p, keys, latent, R + dr, rows, R, keys, 0);      // sum_j p_j c_j
+        matmul_nt(heads, H * dv, o_latent, R, w_v, R, rows, R, dv, 0);
     }
 }
 
-// mid = x + attention(rmsnorm(x)) of layer l, for n tokens of each of B sequences at positions pos ...; the
-// latents of the tokens join the cache.
+// a->mid = a->x + attention(rmsnorm(a->x)), all (T, d), of layer l for n tokens of each of B
+// sequences at positions pos .. pos + n - 1; their latents join the cache.
+// kept: the 1 / rms, q_a, q, kv_a, latent, kv, log_sum, heads
 static void attention_forward(const Model *m, State *s, size_t l, size_t B, size_t n, size_t pos) {
     const Config *c = &m->config;
     const Layer *w = &m->w.layer[l];
     LayerState *a = &s->layer[l];
-    const size_t T = B * n, d = c->hidden_size, H = c->num_attention_heads, dn = c->qk_nope_head_dim,
-        dr = c->qk_rope_head_dim, dv = c->v_head_dim, r = c->q_lora_rank, R = c->kv_lora_rank;
+    const size_t T = B * n, d = c->hidden_size, H = c->num_attention_heads,
+        dn = c->qk_nope_head_dim, dr = c->qk_rope_head_dim, dv = c->v_head_dim,
+        r = c->q_lora_rank, R = c->kv_lora_rank, dq = dn + dr, dkv = dn + dv;
     const size_t stride = s->keep ? n : s->context;         // positions per sequence in the cache
-    const real eps = (real)c->rms_norm_eps, latent_eps = (real)1e-6;     // the reference fixes the latents' eps
+    const real eps = (real)c->rms_norm_eps;
+    const real latent_eps = (real)1e-6;                     // fixed in the reference
 
     rmsnorm(s->norm, d, a->inverse_x, a->x, d, &w->input_layernorm, T, eps);
     linear(a->kv_a, s->norm, &w->kv_a_proj, 0, &w->kv_a_bias, T);
@@ -1366,12 +1591,12 @@ static void attention_forward(const Model *m, State *s, size_t l, size_t B, size
         real *k_rot = a->latent + (t / n * stride + position) * (R + dr) + R;
         memcpy(k_rot, a->kv_a + t * (R + dr) + R, dr * sizeof(real));
         rope(k_rot, s, position, dr, 1);
-        for (size_t h = 0; h < H; h++) rope(a->q + (t * H + h) * (dn + dr) + dn, s, position, dr, 1);
+        for (size_t h = 0; h < H; h++) rope(a->q + (t * H + h) * dq + dn, s, position, dr, 1);
     }
     if (pos == 0 && n > 1) {
-        for (size_t b = 0; b < B; b++)      // one product where the rows lie at one distance
-            matmul_nt(a->kv + b * n * H * (dn + dv), H * (dn + dv), a->latent + b * stride * (R + dr), R + dr,
-                      w->kv_b_proj.data, R, n, R, H * (dn + dv), 0);
+        for (size_t b = 0; b < B; b++)      // sequence by sequence, for in the cache they have gaps
+            matmul_nt(a->kv + b * n * H * dkv, H * dkv, a->latent + b * stride * (R + dr), R + dr,
+                      w->kv_b_proj.data, R, n, R, H * dkv, 0);
         attend_expanded(c, s, a, B, n, stride);
     } else {
         attend_latent(c, s, a, &w->kv_b_proj, B, n, stride, pos);
@@ -1380,34 +1605,37 @@ static void attention_forward(const Model *m, State *s, size_t l, size_t B, size
     for (size_t i = 0; i < T * d; i++) a->mid[i] += a->x[i];
 }
 
-// ---- [10] the chain of experts ------------------------------------------------------------------------
+// ---- [10] the chain of experts ------------------------------------------------------------------
 // Iteration t of a layer, on every token x:
 //
-//     s      = softmax(gate_t x)                                     (E)     paper's eq. for the router of step t
+//     s      = softmax(gate_t x)                              (E)     the paper's router of step t
 //     chosen = the K largest s;    weight_k = s / sum of the chosen s, or s * routed_scaling_factor
 //     ffn(x) = sum_k weight_k expert_k(x) + shared_experts(x)
 //     expert(x) = down(silu(gate x) * up x),     silu(z) = z / (1 + e^-z)
 //
-// With the released configuration (inner_residual, not outer_residual) the chain starts from the normed stream
-// and the raw one is dropped: it looks like a mistake and is the model. Tokens are grouped by expert, so
-// that an expert's weights are read once for all tokens that chose it.
+// With the released configuration (inner_residual, not outer_residual) the chain starts from the
+// normed stream and the raw one is dropped: it looks like a mistake and is the model. Tokens are
+// grouped by expert, so that an expert's weights are read once for all tokens that chose it.
 
-// act_i = silu(g_i) u_i
+// act_i = silu(g_i) u_i, for n numbers
 static void swiglu(real *act, const real *g, const real *u, size_t n) {
     for (size_t i = 0; i < n; i++) act[i] = g[i] * sigmoid(g[i]) * u[i];
 }
 
-// out (n, d) = down(silu(gate x) * up x) with copy e of the three stacks; g, u, act (n, f), kept: g, u.
-static void feed_forward(real *out, real *g, real *u, real *act, const real *x, const Tensor *gate_proj,
-                         const Tensor *up_proj, const Tensor *down_proj, size_t e, size_t n) {
+// out (n, d) = down(silu(gate x) * up x) for x (n, d), with copy e of the three stacks; g = gate x,
+// u = up x and act are (n, f).  kept: g, u
+static void feed_forward(real *out, real *g, real *u, real *act, const real *x,
+                         const Tensor *gate_proj, const Tensor *up_proj, const Tensor *down_proj,
+                         size_t e, size_t n) {
+    const size_t f = gate_proj->rows;
     linear(g, x, gate_proj, e, NULL, n);
     linear(u, x, up_proj, e, NULL, n);
-    #pragma omp parallel for if (worth_threads(n * gate_proj->rows))
-    for (size_t t = 0; t < n; t++) swiglu(act + t * gate_proj->rows, g + t * gate_proj->rows, u + t * gate_proj->rows, gate_proj->rows);
+    #pragma omp parallel for if (worth_threads(n * f))
+    for (size_t t = 0; t < n; t++) swiglu(act + t * f, g + t * f, u + t * f, f);
     linear(out, act, down_proj, e, NULL, n);
 }
 
-// The index of the largest x that is not taken yet, the lowest among equals. Takes it.
+// The index of the largest of n x that is not taken yet, the lowest among equals. Takes it.
 static int take_largest(const real *x, unsigned char *taken, size_t n) {
     size_t best = n;
     for (size_t i = 0; i < n; i++)
@@ -1416,8 +1644,9 @@ static int take_largest(const real *x, unsigned char *taken, size_t n) {
     return (int)best;
 }
 
-// Chooses K experts by their scores s (E). Group-limited: only experts of the topk_group groups with the largest
-// best score count, the others' scores are 0.
+// One token's K experts, the best first, and their weights (K), by its scores s (E). Group-limited:
+// only experts of the topk_group groups with the largest best score count, the others' scores are
+// taken as 0.
 static void choose(int *expert, real *weight, const real *s, const Config *c) {
     const size_t E = c->n_routed_experts, K = c->num_experts_per_tok;
     real allowed[E], best[E];
@@ -1428,7 +1657,8 @@ static void choose(int *expert, real *weight, const real *s, const Config *c) {
         memset(allowed, 0, E * sizeof(real));
         for (size_t g = 0; g < groups; g++) {
             best[g] = s[g * size];
-            for (size_t i = 1; i < size; i++) best[g] = s[g * size + i] > best[g] ? s[g * size + i] : best[g];
+            for (size_t i = 1; i < size; i++)
+                best[g] = s[g * size + i] > best[g] ? s[g * size + i] : best[g];
         }
         memset(taken, 0, groups);
         for (size_t k = 0; k < (size_t)c->topk_group; k++) {
@@ -1447,8 +1677,8 @@ static void choose(int *expert, real *weight, const real *s, const Config *c) {
     for (size_t k = 0; k < K; k++) weight[k] *= scale;
 }
 
-// Routes T tokens: scores, choices and weights with router t, then the grouping by expert: start, slot, token.
-// kept: all of them
+// Routes T tokens: score, expert and weight by router t, then the grouping by expert (a counting
+// sort): start, slot and token.  kept: all of them
 static void route(const Config *c, Iteration *i, const Layer *w, size_t t, size_t T) {
     const size_t E = c->n_routed_experts, K = c->num_experts_per_tok;
     linear(i->score, i->x, &w->gate, c->use_igate ? t : 0, NULL, T);
@@ -1469,67 +1699,83 @@ static void route(const Config *c, Iteration *i, const Layer *w, size_t t, size_
     i->start[0] = 0;
 }
 
-// i->ffn (T, d) = the feed-forward of layer l, iteration t, on i->x (T, d).  kept: what route() and feed_forward() keep
+// i->ffn (T, d) = the feed-forward of layer l in iteration t, of i->x (T, d).
+// kept: what route() and feed_forward() keep
 static void ffn_forward(const Model *m, State *s, Iteration *i, size_t l, size_t t, size_t T) {
     const Config *c = &m->config;
     const Layer *w = &m->w.layer[l];
-    const size_t d = c->hidden_size, E = c->n_routed_experts, K = c->num_experts_per_tok, f = c->moe_intermediate_size;
+    const size_t d = c->hidden_size, E = c->n_routed_experts, K = c->num_experts_per_tok,
+        f = c->moe_intermediate_size;
     if (!is_moe(c, l)) {
-        feed_forward(i->ffn, i->shared_g, i->shared_u, s->act, i->x, &w->dense_gate_proj, &w->dense_up_proj, &w->dense_down_proj, 0, T);
+        feed_forward(i->ffn, i->shared_g, i->shared_u, s->act, i->x, &w->dense_gate_proj,
+                     &w->dense_up_proj, &w->dense_down_proj, 0, T);
         return;
     }
     if (c->n_shared_experts)
-        feed_forward(i->ffn, i->shared_g, i->shared_u, s->act, i->x, &w->shared_gate_proj, &w->shared_up_proj, &w->shared_down_proj, 0, T);
+        feed_forward(i->ffn, i->shared_g, i->shared_u, s->act, i->x, &w->shared_gate_proj,
+                     &w->shared_up_proj, &w->shared_down_proj, 0, T);
     else
         memset(i->ffn, 0, T * d * sizeof(real));
     route(c, i, w, t, T);
-    // With many tokens the threads take an expert each; with few they share the rows of one expert's matrices.
+    // With many tokens the threads take an expert each; with few they share the rows of one
+    // expert's matrices.
     #pragma omp parallel for schedule(dynamic, 1) if (T >= 16)
     for (size_t e = 0; e < E; e++) {
         const size_t first = (size_t)i->start[e], n = (size_t)i->start[e + 1] - first;
         if (!n) continue;
-        for (size_t k = first; k < first + n; k++) memcpy(s->gathered + k * d, i->x + (size_t)i->token[k] * d, d * sizeof(real));
-        feed_forward(s->returned + first * d, i->g + first * f, i->u + first * f, s->act + first * f, s->gathered + first * d,
-                     &w->experts_gate_proj, &w->experts_up_proj, &w->experts_down_proj, e, n);
+        for (size_t k = first; k < first + n; k++)
+            memcpy(s->gathered + k * d, i->x + (size_t)i->token[k] * d, d * sizeof(real));
+        feed_forward(s->returned + first * d, i->g + first * f, i->u + first * f,
+                     s->act + first * f, s->gathered + first * d, &w->experts_gate_proj,
+                     &w->experts_up_proj, &w->experts_down_proj, e, n);
     }
     #pragma omp parallel for if (worth_threads(T * K * d))
     for (size_t k = 0; k < T; k++)
-        for (size_t j = k * K; j < (k + 1) * K; j++) {      // in the order of choice, whoever computed it
+        for (size_t j = k * K; j < (k + 1) * K; j++) {  // in the order of choice: no thread decides
             const real *y = s->returned + (size_t)i->slot[j] * d, weight = i->weight[j];
             for (size_t e = 0; e < d; e++) i->ffn[k * d + e] += weight * y[e];
         }
 }
 
-// out = the chain of layer l on rmsnorm(mid): y_{t+1} = ffn_t(y_t) (+ y_t), after the last (+ mid).
+// out (T, d) = the chain of layer l on y_0 = rmsnorm(mid):
+//     y_{t+1} = ffn_t(y_t) (+ y_t),   after the last (+ mid)
+// In an upcycled model, from the second iteration on: y_{t+1} = y_t + coe_weights_t * ffn_t(y_t).
+// kept: each iteration's x and ffn, and 1 / rms of mid
 static void chain_forward(const Model *m, State *s, size_t l, real *out, size_t T) {
     const Config *c = &m->config;
     const Layer *w = &m->w.layer[l];
     LayerState *a = &s->layer[l];
     const size_t d = c->hidden_size, C = is_moe(c, l) ? (size_t)c->inner_iter : 1;
-    rmsnorm(a->iteration[0].x, d, a->inverse_mid, a->mid, d, &w->post_attention_layernorm, T, (real)c->rms_norm_eps);
+    rmsnorm(a->iteration[0].x, d, a->inverse_mid, a->mid, d, &w->post_attention_layernorm, T,
+            (real)c->rms_norm_eps);
     for (size_t t = 0; t < C; t++) {
         Iteration *i = &a->iteration[t];
         real *y = t + 1 < C ? a->iteration[t + 1].x : out;
         ffn_forward(m, s, i, l, t, T);
         const real *chain_weight = m->coe_weights && t > 0 ? at(&w->coe_weights, t - 1) : NULL;
-        const int inner = !m->coe_weights && c->inner_residual, outer = t + 1 == C && c->outer_residual;
+        const int inner = !m->coe_weights && c->inner_residual;
+        const int outer = t + 1 == C && c->outer_residual;
         #pragma omp parallel for if (worth_threads(T * d))
         for (size_t k = 0; k < T; k++)
             for (size_t e = k * d; e < (k + 1) * d; e++) {
-                real v = chain_weight ? i->x[e] + chain_weight[e - k * d] * i->ffn[e] : i->ffn[e] + (inner ? i->x[e] : 0);
+                real v = chain_weight ? i->x[e] + chain_weight[e - k * d] * i->ffn[e]
+                                      : i->ffn[e] + (inner ? i->x[e] : 0);
                 y[e] = v + (outer ? a->mid[e] : 0);
             }
     }
 }
 
-// ---- [11] forward -------------------------------------------------------------------------------------
+// ---- [11] forward -------------------------------------------------------------------------------
 
-// Runs n tokens of each of B sequences, tokens (B, n), at positions pos .. pos + n - 1: s->final (B n, d) is
-// what lm_head sees. Training runs whole sequences with pos = 0; generating has B = 1, n = the prompt, then 1.
+// Runs n tokens of each of B sequences, tokens (B, n), at positions pos .. pos + n - 1, and leaves
+// in s->final (B n, d) what lm_head sees. Training runs whole sequences with pos = 0; generating
+// has B = 1 and n = the prompt, then 1.
 static void forward(const Model *m, State *s, const int *tokens, size_t B, size_t n, size_t pos) {
     const Config *c = &m->config;
     const size_t d = c->hidden_size, L = c->num_hidden_layers, T = B * n;
-    for (size_t t = 0; t < T; t++) memcpy(s->layer[0].x + t * d, at(m->w.embed_tokens, 0) + (size_t)tokens[t] * d, d * sizeof(real));
+    const real *embedding = at(m->w.embed_tokens, 0);
+    for (size_t t = 0; t < T; t++)
+        memcpy(s->layer[0].x + t * d, embedding + (size_t)tokens[t] * d, d * sizeof(real));
     for (size_t l = 0; l < L; l++) {
         attention_forward(m, s, l, B, n, pos);
         chain_forward(m, s, l, l + 1 < L ? s->layer[l + 1].x : s->out, T);
@@ -1538,7 +1784,8 @@ static void forward(const Model *m, State *s, const int *tokens, size_t B, size_
 }
 
 // logits (rows, V) of the rows of s->final from `first` on.
-static void logits_forward(const Model *m, const State *s, real *logits, size_t first, size_t rows) {
+static void logits_forward(const Model *m, const State *s, real *logits, size_t first,
+                           size_t rows) {
     linear(logits, s->final + first * m->config.hidden_size, m->w.lm_head, 0, NULL, rows);
 }
 
@@ -1549,9 +1796,10 @@ static double cross_entropy(real *logits, size_t V, int target) {
     return (double)(total - chosen);
 }
 
-// ---- [12] sampler -------------------------------------------------------------------------------------
+// ---- [12] sampler -------------------------------------------------------------------------------
 // From logits to the next token, in this order:
-//   1. repetition penalty p: logits of tokens that occurred are divided by p, or multiplied where negative
+//   1. repetition penalty p: logits of tokens that occurred are divided by p, or multiplied by it
+//      where negative
 //   2. temperature: logits / temperature, then softmax (0: the largest logit is the answer)
 //   3. top-k: the k most probable stay
 //   4. top-p: of these, renormalised, the fewest whose sum reaches p
@@ -1572,7 +1820,8 @@ static int before(const void *a, const void *b) {
     return x->p > y->p ? -1 : x->p < y->p ? 1 : x->id < y->id ? -1 : 1;
 }
 
-// The candidates (n, sorted) that pass the filters 3 to 5, and in *total the sum of their probabilities.
+// How many of the n candidates, which are sorted, pass the filters 3 to 5, and in *total the sum of
+// their probabilities.
 static size_t filter(const Sampler *o, const Candidate *candidate, size_t n, double *total) {
     size_t kept = o->top_k > 0 && (size_t)o->top_k < n ? (size_t)o->top_k : n;
     double all = 0, part = 0;
@@ -1588,16 +1837,20 @@ static size_t filter(const Sampler *o, const Candidate *candidate, size_t n, dou
     return kept;
 }
 
-// Chooses a token. logits (V) is overwritten, candidate (V) is scratch, seen (V) marks tokens that occurred or is
-// NULL. Fails on logits that are not finite: broken weights must not end up as text.
-static int sample(Sampler *o, real *logits, Candidate *candidate, const unsigned char *seen, size_t V) {
+// Chooses a token. logits (V) is overwritten, candidate (V) is scratch, seen (V) marks tokens that
+// occurred or is NULL. Fails on logits that are not finite: broken weights must not end up as text.
+static int sample(Sampler *o, real *logits, Candidate *candidate, const unsigned char *seen,
+                  size_t V) {
+    const real penalty = (real)o->repetition_penalty;
     size_t best = 0;
     for (size_t i = 0; i < V; i++) {
-        if (!isfinite(logits[i])) fail(FAILED, "logit %zu is %g: the weights hold infinite numbers or NaN", i, (double)logits[i]);
-        if (seen && seen[i]) logits[i] = logits[i] > 0 ? logits[i] / (real)o->repetition_penalty : logits[i] * (real)o->repetition_penalty;
+        if (!isfinite(logits[i]))
+            fail(FAILED, "logit %zu is %g: the weights hold infinite numbers or NaN",
+                 i, (double)logits[i]);
+        if (seen && seen[i]) logits[i] = logits[i] > 0 ? logits[i] / penalty : logits[i] * penalty;
         if (logits[i] > logits[best]) best = i;
     }
-    if (o->temperature < 1e-9) return (int)best;       // 0, or so little that nothing else has a chance
+    if (o->temperature < 1e-9) return (int)best;    // so little that nothing else has a chance
     softmax(logits, V, (real)(1 / o->temperature), NULL);
     for (size_t i = 0; i < V; i++) candidate[i] = (Candidate){ logits[i], (int)i };
     qsort(candidate, V, sizeof *candidate, before);
@@ -1611,21 +1864,27 @@ static int sample(Sampler *o, real *logits, Candidate *candidate, const unsigned
     return candidate[kept - 1].id;
 }
 
-// ---- [13] tokenizer -----------------------------------------------------------------------------------
+// ---- [13] tokenizer -----------------------------------------------------------------------------
 // The byte tokenizer: a token is a byte, 256 begins a text and 257 ends it.
 
 enum { BYTE_BOS = 256, BYTE_EOS = 257 };
 static const char BOS_TEXT[] = "<|beginoftext|>", EOS_TEXT[] = "<|endoftext|>";
 
-// Token ids of `n` bytes of text; ids has room for n. With `special`, the names of BOS and EOS written in the
-// text become their ids. Returns the number of ids.
+// Token ids of `n` bytes of text; ids has room for n. With `special`, the names of BOS and EOS
+// written in the text become their ids. Returns the number of ids.
 static size_t encode(int *ids, const char *text, size_t n, int special) {
     const size_t bos = sizeof BOS_TEXT - 1, eos = sizeof EOS_TEXT - 1;
     size_t count = 0;
     for (size_t i = 0; i < n; ) {
-        if (special && n - i >= bos && !memcmp(text + i, BOS_TEXT, bos)) { ids[count++] = BYTE_BOS; i += bos; }
-        else if (special && n - i >= eos && !memcmp(text + i, EOS_TEXT, eos)) { ids[count++] = BYTE_EOS; i += eos; }
-        else ids[count++] = (unsigned char)text[i++];
+        if (special && n - i >= bos && !memcmp(text + i, BOS_TEXT, bos)) {
+            ids[count++] = BYTE_BOS;
+            i += bos;
+        } else if (special && n - i >= eos && !memcmp(text + i, EOS_TEXT, eos)) {
+            ids[count++] = BYTE_EOS;
+            i += eos;
+        } else {
+            ids[count++] = (unsigned char)text[i++];
+        }
     }
     return count;
 }
@@ -1637,15 +1896,19 @@ static size_t decode(char *bytes, int id) {
     return 1;
 }
 
-// Text on its way out, in whole characters: bytes wait until their UTF-8 character is complete, and what can no
-// longer become one is printed as U+FFFD.
+// Text on its way out, in whole characters: bytes wait until their UTF-8 character is complete, and
+// what can no longer become one is printed as U+FFFD.
 typedef struct { unsigned char waiting[4]; size_t n; FILE *to; } Utf8;
 
 // How many bytes the character that starts with these n bytes has: 0 if they start none.
 static size_t utf8_length(const unsigned char *b, size_t n) {
-    size_t length = b[0] < 0x80 ? 1 : b[0] < 0xC2 ? 0 : b[0] < 0xE0 ? 2 : b[0] < 0xF0 ? 3 : b[0] < 0xF5 ? 4 : 0;
-    if (n > 1 && ((b[0] == 0xE0 && b[1] < 0xA0) || (b[0] == 0xED && b[1] > 0x9F) ||      // overlong, surrogate
-                  (b[0] == 0xF0 && b[1] < 0x90) || (b[0] == 0xF4 && b[1] > 0x8F))) return 0;
+    size_t length = b[0] < 0x80 ? 1 : b[0] < 0xC2 ? 0 : b[0] < 0xE0 ? 2 :
+                    b[0] < 0xF0 ? 3 : b[0] < 0xF5 ? 4 : 0;
+    if (n > 1 && ((b[0] == 0xE0 && b[1] < 0xA0) ||      // longer than it must be
+                  (b[0] == 0xED && b[1] > 0x9F) ||      // half of a surrogate pair
+                  (b[0] == 0xF0 && b[1] < 0x90) ||      // longer than it must be
+                  (b[0] == 0xF4 && b[1] > 0x8F)))       // above U+10FFFF
+        return 0;
     for (size_t i = 1; i < n && i < length; i++) if ((b[i] & 0xC0) != 0x80) return 0;
     return length;
 }
@@ -1668,7 +1931,7 @@ static void utf8_flush(Utf8 *u, int end) {
     }
 }
 
-// Adds bytes to the output.
+// Adds n bytes to the output; what they complete is printed.
 static void utf8_print(Utf8 *u, const char *bytes, size_t n) {
     for (size_t i = 0; i < n; i++) {
         u->waiting[u->n++] = (unsigned char)bytes[i];

@@ -122,17 +122,10 @@ typedef struct {                    // a run of the program: everything that its
 
 static size_t min_size(size_t a, size_t b) { return a < b ? a : b; }
 
-// A number for people and scripts alike: 9 significant digits, enough for any float32; no exponent.
-static void print_number(FILE *to, double v) {
-    const int whole = v != 0 && isfinite(v) ? (int)floor(log10(fabs(v))) + 1 : 1;   // before "."
-    fprintf(to, "%.*f", whole < 9 ? 9 - whole : 0, v);
-}
-
 // One line of a result.
 static void print_value(const char *name, double v) {
-    printf("%s ", name);
-    print_number(stdout, v);
-    putchar('\n');
+    char text[DECIMAL_TEXT];
+    printf("%s %s\n", name, decimal(text, v));
 }
 static void print_count(const char *name, size_t n) { printf("%s %zu\n", name, n); }
 
@@ -315,10 +308,10 @@ static void trace(const Run *r, size_t index, size_t n, size_t skip) {
             for (size_t t = 0; is_moe(c, l) && t < C; t++)
                 for (size_t k = 0; k < K; k++) {
                     const Iteration *i = &r->state.layer[l].iteration[t];
-                    fprintf(file, "%zu\t%d\t%zu\t%zu\t%zu\t%d\t", index + row,
-                            r->tokens[index + row], l, t, k, i->expert[row * K + k]);
-                    print_number(file, (double)i->weight[row * K + k]);
-                    putc('\n', file);
+                    char text[DECIMAL_TEXT];
+                    fprintf(file, "%zu\t%d\t%zu\t%zu\t%zu\t%d\t%s\n", index + row,
+                            r->tokens[index + row], l, t, k, i->expert[row * K + k],
+                            decimal(text, (double)i->weight[row * K + k]));
                 }
 }
 
@@ -511,7 +504,7 @@ static void evaluate(Run *r) {
             const size_t skip = scored > i ? min_size(scored - i, rows) : 0;
             step(r, i, rows, i - start, skip);
             nats += score(r, i, rows, skip);
-            progress(i + rows, n, nats / (double)(i + rows), 0);
+            if (skip < rows) progress(i + rows, n, nats / (double)(i + rows), 0);
         }
         scored = end;
     }
@@ -658,17 +651,6 @@ static void occupy_standard_files(void) {
 #endif
 }
 
-// --threads, else OMP_NUM_THREADS, else one per processor. Some OpenMP libraries make any number of
-// an OMP_NUM_THREADS that is none, so what is not sensible counts as not given.
-static void use_threads(int64_t n) {
-#ifdef _OPENMP
-    if (!n) n = omp_get_max_threads();
-    omp_set_num_threads(n >= 1 && n <= 1024 ? (int)n : omp_get_num_procs());
-#else
-    (void)n;
-#endif
-}
-
 static int same(const char *a, const char *b) { return a && b && !strcmp(a, b); }
 
 // What no single option can know about itself.
@@ -689,7 +671,7 @@ static void check_settings(const Run *r) {
 // Opens the model and does what --mode says.
 static void work(Run *r) {
     const Settings *set = &r->set;
-    use_threads(set->threads);
+    set_threads(set->threads);
     r->model = model_open(r->path, 0, NULL, NULL);
     const long long longest = (long long)r->model.config.max_position_embeddings;
     if (set->ctx_size > longest)

@@ -2,9 +2,9 @@
 //
 // Read coe.c first: this file includes it, and backward() here is its forward() read upwards.
 //
-//   [1] settings            [5] backward of attention        [9]  checkpoints
-//   [2] data                [6] backward of the chain        [10] measuring
-//   [3] word problems       [7] backward                     [11] the training run
+//   [1] settings                  [5] backward of attention    [9]  checkpoints
+//   [2] data                      [6] backward of the chain    [10] measuring
+//   [3] word problems             [7] backward                 [11] the training run
 //   [4] backward of operations    [8] AdamW
 //
 // Conventions of the backward functions: dx is the gradient of the loss with respect to x and has
@@ -13,47 +13,83 @@
 // iterations; gradients of activations are added to where a comment says +=.
 #include "coe.c"
 
-// ---- [1] settings ----------------------------------------------------------------------------
+// ---- [1] settings -------------------------------------------------------------------------------
 // Two tables. The recipe is what decides which weights come out, to the last bit: a checkpoint
-// carries it, and a resumed run must agree with it. The job is the rest: files, and how often to look.
+// carries it, and a resumed run must agree with it. The job is the rest: files, and how often to
+// report.
 
-//    kind  field               name, letter                least  most    words  init     help
+//    kind  field              name                letter least most        words       init
 #define RECIPE(X) \
-    X(INT,  batch_size,         "batch_size",         'b',  1, 1 << 20,    "",     "16",    "sequences per step") \
-    X(INT,  max_length,         "max_length",         'l',  2, 1 << 24,    "",     "192",   "tokens per sequence") \
-    X(INT,  micro_batch_size,   "micro_batch_size",   0,    0, 1 << 20,    "null", "null",  "sequences at once; null: the batch") \
-    X(INT,  max_steps,          "max_steps",          'x',  0, 1e12,       "",     "2000",  "steps in all, resumed ones included") \
-    X(NUM,  learning_rate,      "learning_rate",      0,    0, 1e9,        "",     "3e-3",  "of AdamW, after warm-up") \
-    X(INT,  warmup_steps,       "warmup_steps",       0,   -1, 1e12,       "null", "null",  "steps of linear warm-up; null: by warmup_ratio") \
-    X(NUM,  warmup_ratio,       "warmup_ratio",       0,    0, 1,          "",     "0.05",  "share of max_steps that is warm-up") \
-    X(WORD, lr_scheduler,       "lr_scheduler",       0,    0, 1, "constant|cosine", "cosine", "after warm-up; cosine ends at 0") \
-    X(NUM,  weight_decay,       "weight_decay",       0,    0, 1e9,        "",     "0.01",  "of AdamW, on every tensor") \
-    X(NUM,  adam_beta1,         "adam_beta1",         0,    0, 0.9999999,  "",     "0.9",   "decay of the first moment") \
-    X(NUM,  adam_beta2,         "adam_beta2",         0,    0, 0.9999999,  "",     "0.95",  "decay of the second moment") \
-    X(NUM,  adam_epsilon,       "adam_epsilon",       0,    1e-30, 1,      "",     "1e-8",  "added to the root of the second moment") \
-    X(NUM,  max_grad_norm,      "max_grad_norm",      0,    0, 1e9,        "",     "1",     "gradient is clipped to this norm; 0: off") \
-    X(INT,  seed,               "seed",               's',  0, 9e15,       "",     "1",     "of the initial weights and the order of the data") \
-    X(FLAG, sequential,         "sequential",         0,    0, 1,          "",     "false", "windows in file order instead of shuffled") \
-    X(INT,  level,              "level",              0,    1, 2,          "",     "1",     "difficulty of the built-in task")
+    X(INT,  batch_size,        "batch_size",       'b',     1, 1 << 20,    "",         "16",       \
+      "sequences per step")                                                                        \
+    X(INT,  max_length,        "max_length",       'l',     2, 1 << 24,    "",         "192",      \
+      "tokens per sequence")                                                                       \
+    X(INT,  micro_batch_size,  "micro_batch_size", 0,       0, 1 << 20,    "null",     "null",     \
+      "sequences at once; null: the batch")                                                        \
+    X(INT,  max_steps,         "max_steps",        'x',     0, 1e12,       "",         "2000",     \
+      "steps in all, resumed ones included")                                                       \
+    X(NUM,  learning_rate,     "learning_rate",    0,       0, 1e9,        "",         "3e-3",     \
+      "of AdamW, after warm-up")                                                                   \
+    X(INT,  warmup_steps,      "warmup_steps",     0,      -1, 1e12,       "null",     "null",     \
+      "steps of linear warm-up; null: by warmup_ratio")                                            \
+    X(NUM,  warmup_ratio,      "warmup_ratio",     0,       0, 1,          "",         "0.05",     \
+      "share of max_steps that is warm-up")                                                        \
+    X(WORD, lr_scheduler,      "lr_scheduler",     0,       0, 1,          SCHEDULERS, "cosine",   \
+      "after warm-up; cosine ends at 0")                                                           \
+    X(NUM,  weight_decay,      "weight_decay",     0,       0, 1e9,        "",         "0.01",     \
+      "of AdamW, on every tensor")                                                                 \
+    X(NUM,  adam_beta1,        "adam_beta1",       0,       0, 0.9999999,  "",         "0.9",      \
+      "decay of the first moment")                                                                 \
+    X(NUM,  adam_beta2,        "adam_beta2",       0,       0, 0.9999999,  "",         "0.95",     \
+      "decay of the second moment")                                                                \
+    X(NUM,  adam_epsilon,      "adam_epsilon",     0,   1e-30, 1,          "",         "1e-8",     \
+      "added to the root of the second moment")                                                    \
+    X(NUM,  max_grad_norm,     "max_grad_norm",    0,       0, 1e9,        "",         "1",        \
+      "gradient is clipped to this norm; 0: off")                                                  \
+    X(INT,  seed,              "seed",             's',     0, 9e15,       "",         "1",        \
+      "of the initial weights and the order of the data")                                          \
+    X(FLAG, sequential,        "sequential",       0,       0, 1,          "",         "false",    \
+      "windows in file order instead of shuffled")                                                 \
+    X(INT,  level,             "level",            0,       1, 2,          "",         "1",        \
+      "difficulty of the built-in task")
+#define SCHEDULERS "constant|cosine"
 
 #define JOB(X) \
-    X(TEXT, init,               "init",               0,    0, 0, "", "",            "model file whose weights to start from, with a new optimizer") \
-    X(TEXT, resume,             "resume",             0,    0, 0, "", "",            "checkpoint to go on from, bit by bit") \
-    X(TEXT, data,               "data",               'd',  0, 0, "", "",            "training data: UTF-8 text or llm.c tokens; none: the built-in task") \
-    X(TEXT, val,                "val",                0,    0, 0, "", "",            "validation data; none: the last 5 % of the documents") \
-    X(TEXT, tokenizer,          "tokenizer",          0,    0, 0, "", "",            "model file whose tokenizer to take; none: bytes, or that of --init") \
-    X(TEXT, output,             "output",             'o',  0, 0, "", "model.bin",   "where checkpoints go; with --resume that file") \
-    X(TEXT, log,                "log",                0,    0, 0, "", "",            "TSV with a line for each step") \
-    X(WORD, model,              "model",              0,    0, 2, "demo|small|paper", "demo", "preset for all settings") \
-    X(INT,  eval_steps,         "eval_steps",         0,    0, 1e12, "", "250",      "validate every so many steps; 0: at the end") \
-    X(INT,  save_steps,         "save_steps",         0,    0, 1e12, "", "250",      "save every so many steps; 0: at the end") \
-    X(INT,  sample_steps,       "sample_steps",       0,    0, 1e12, "", "0",        "show a sample every so many steps; 0: never") \
-    X(INT,  eval_problems,      "eval_problems",      0,    0, 1 << 20, "", "200",   "held-out problems to solve, a quarter of them during the run; 0: off") \
-    X(INT,  threads,            "threads",            0,    0, 1024, "null", "null", "threads; null: OMP_NUM_THREADS, else all cores") \
-    X(INT,  show_data,          "show_data",          0,    0, 1 << 30, "", "0",     "print so many training documents and exit") \
-    X(INT,  show_val,           "show_val",           0,    0, 1 << 30, "", "0",     "print so many validation documents and exit") \
-    X(FLAG, help,               "help",               'h',  0, 1, "", "false",       "this list") \
-    X(FLAG, version,            "version",            0,    0, 1, "", "false",       "the version")
+    X(TEXT, init,              "init",             0,       0, 0,          "",         "",         \
+      "model file whose weights to start from, with a new optimizer")                              \
+    X(TEXT, resume,            "resume",           0,       0, 0,          "",         "",         \
+      "checkpoint to go on from, bit by bit")                                                      \
+    X(TEXT, data,              "data",             'd',     0, 0,          "",         "",         \
+      "training data: UTF-8 text or llm.c tokens; none: the built-in task")                        \
+    X(TEXT, val,               "val",              0,       0, 0,          "",         "",         \
+      "validation data; none: the last 5 % of the documents")                                      \
+    X(TEXT, tokenizer,         "tokenizer",        0,       0, 0,          "",         "",         \
+      "model file whose tokenizer to take; none: bytes, or that of --init")                        \
+    X(TEXT, output,            "output",           'o',     0, 0,          "",       "model.bin",  \
+      "where checkpoints go; with --resume that file")                                             \
+    X(TEXT, log,               "log",              0,       0, 0,          "",         "",         \
+      "TSV with a line for each step")                                                             \
+    X(WORD, model,             "model",            0,       0, 2,          PRESETS,    "demo",     \
+      "preset for all settings")                                                                   \
+    X(INT,  eval_steps,        "eval_steps",       0,       0, 1e12,       "",         "250",      \
+      "validate every so many steps; 0: at the end")                                               \
+    X(INT,  save_steps,        "save_steps",       0,       0, 1e12,       "",         "250",      \
+      "save every so many steps; 0: at the end")                                                   \
+    X(INT,  sample_steps,      "sample_steps",     0,       0, 1e12,       "",         "0",        \
+      "show a sample every so many steps; 0: never")                                               \
+    X(INT,  eval_problems,     "eval_problems",    0,       0, 1 << 20,    "",         "200",      \
+      "held-out problems to solve, a quarter of them during the run; 0: off")                      \
+    X(INT,  threads,           "threads",          0,       0, MOST_THREADS,       "null",     "null",     \
+      "threads; null: OMP_NUM_THREADS, else all cores")                                            \
+    X(INT,  show_data,         "show_data",        0,       0, 1 << 30,    "",         "0",        \
+      "print so many training documents and exit")                                                 \
+    X(INT,  show_val,          "show_val",         0,       0, 1 << 30,    "",         "0",        \
+      "print so many validation documents and exit")                                               \
+    X(FLAG, help,              "help",             'h',     0, 1,          "",         "false",    \
+      "this list")                                                                                 \
+    X(FLAG, version,           "version",          0,       0, 1,          "",         "false",    \
+      "the version")
+#define PRESETS "demo|small|paper"
 
 typedef struct {
 #define X(kind, field, ...) TYPE_##kind field;
@@ -76,18 +112,22 @@ static const Key recipe_keys[] = { RECIPE(X) };
 static const Key job_keys[] = { JOB(X) };
 #undef TABLE
 #undef X
-enum { RECIPE_KEYS = sizeof recipe_keys / sizeof *recipe_keys, JOB_KEYS = sizeof job_keys / sizeof *job_keys };
+enum { RECIPE_KEYS = sizeof recipe_keys / sizeof *recipe_keys,
+       JOB_KEYS = sizeof job_keys / sizeof *job_keys };
 
-// Presets, as the options they stand for. What a preset does not name keeps the tables' value, the demo's.
+// Presets, as the options they stand for, in the order of PRESETS. What a preset does not name
+// keeps the tables' value, which is the demo's.
 static const char *const presets[] = {
     "",
-    "vocab_size 4096 hidden_size 384 num_hidden_layers 6 num_attention_heads 6 qk_nope_head_dim 64 "
-    "qk_rope_head_dim 32 v_head_dim 64 kv_lora_rank 128 n_routed_experts 32 moe_intermediate_size 192 "
-    "intermediate_size 768 batch_size 8 max_length 256 learning_rate 1e-3 warmup_ratio 0.1",
-    "vocab_size 102400 hidden_size 1024 num_hidden_layers 4 num_attention_heads 8 qk_nope_head_dim 128 "
-    "qk_rope_head_dim 64 v_head_dim 128 kv_lora_rank 512 n_routed_experts 63 num_experts_per_tok 4 "
-    "moe_intermediate_size 704 intermediate_size 2816 max_position_embeddings 163840 micro_batch_size 1 "
-    "rope_scaling.type yarn rope_scaling.factor 40 rope_scaling.mscale 0.707 rope_scaling.mscale_all_dim 0.707",
+    "vocab_size 4096 hidden_size 384 num_hidden_layers 6 num_attention_heads 6 "
+    "qk_nope_head_dim 64 qk_rope_head_dim 32 v_head_dim 64 kv_lora_rank 128 n_routed_experts 32 "
+    "moe_intermediate_size 192 intermediate_size 768 batch_size 8 max_length 256 "
+    "learning_rate 1e-3 warmup_ratio 0.1",
+    "vocab_size 102400 hidden_size 1024 num_hidden_layers 4 num_attention_heads 8 "
+    "qk_nope_head_dim 128 qk_rope_head_dim 64 v_head_dim 128 kv_lora_rank 512 n_routed_experts 63 "
+    "num_experts_per_tok 4 moe_intermediate_size 704 intermediate_size 2816 "
+    "max_position_embeddings 163840 micro_batch_size 1 rope_scaling.type yarn "
+    "rope_scaling.factor 40 rope_scaling.mscale 0.707 rope_scaling.mscale_all_dim 0.707",
 };
 // The paper's training, which --init takes too.
 static const char paper_recipe[] = "batch_size 64 max_length 512 max_steps 1000 learning_rate 3e-4 "
@@ -109,10 +149,11 @@ static void apply_preset(const Options *tables, const char *preset) {
     }
 }
 
-// ---- [2] data --------------------------------------------------------------------------------
-// Training data is one stream of tokens, documents ending in EOS, cut into windows of max_length + 1
-// that overlap by one: max_length inputs, and the same shifted by one as targets. Which window comes
-// when depends on the recipe and the step alone, so that a checkpoint need only know its step.
+// ---- [2] data -----------------------------------------------------------------------------------
+// Training data is one stream of tokens, documents ending in EOS, cut into windows of
+// max_length + 1 that overlap by one: max_length inputs, and the same shifted by one as targets.
+// Which window comes when depends on the recipe and the step alone, so that a checkpoint need only
+// know its step.
 
 typedef struct {
     int *tokens;                // [n]
@@ -120,7 +161,7 @@ typedef struct {
     size_t documents;
 } Stream;
 
-// A whole file in memory, and its size.
+// A whole file in memory, and its size; the caller releases it. Fails on what cannot be read.
 static char *read_file(const char *path, size_t *bytes) {
     uint64_t size;
     FILE *file = open_regular(path, &size);
@@ -131,7 +172,8 @@ static char *read_file(const char *path, size_t *bytes) {
     return text;
 }
 
-// Adds the tokens of a text whose documents are separated by lines "<|endoftext|>", each of which becomes one EOS.
+// Adds the tokens of a text whose documents are separated by lines "<|endoftext|>", each of which
+// becomes one EOS. s->tokens has room for bytes + 1.
 static void tokenize_documents(Stream *s, const char *text, size_t bytes, int eos) {
     static const char separator[] = "<|endoftext|>";
     const size_t length = sizeof separator - 1;
@@ -143,26 +185,33 @@ static void tokenize_documents(Stream *s, const char *text, size_t bytes, int eo
         if (line == length && !memcmp(text + i, separator, length)) s->tokens[s->n++] = eos;
         else s->n += encode(s->tokens + s->n, text + i, end - i, 0);
     }
-    if (s->n && s->tokens[s->n - 1] != eos) s->tokens[s->n++] = eos;    // the last document ends too
+    if (s->n && s->tokens[s->n - 1] != eos)     // the last document ends too
+        s->tokens[s->n++] = eos;
 }
 
-// Adds the ids of an llm.c token file: 256 int32 of header (magic, version, count), then uint16 or uint32.
+// Adds the ids of an llm.c token file, each below V: 256 int32 of header (magic, version, count),
+// then uint16 or uint32.
 static void read_token_file(Stream *s, const char *path, const char *text, size_t bytes, size_t V) {
     int32_t header[3];
     memcpy(header, text, sizeof header);
     const size_t width = header[0] == 20240801 ? 4 : 2, version = width == 4 ? 7 : 1;
-    if ((size_t)header[1] != version) fail(FAILED, "%s: version is %d, must be %zu for magic %d", path, header[1], version, header[0]);
+    if ((size_t)header[1] != version)
+        fail(FAILED, "%s: version is %d, must be %zu for magic %d",
+             path, header[1], version, header[0]);
     if (bytes < 1024 || header[2] < 0 || bytes - 1024 != width * (size_t)header[2])
-        fail(FAILED, "%s: is %zu bytes long, but its header says %d tokens of %zu bytes after 1024", path, bytes, header[2], width);
+        fail(FAILED, "%s: is %zu bytes long, but its header says %d tokens of %zu bytes after 1024",
+             path, bytes, header[2], width);
     for (size_t i = 0; i < (size_t)header[2]; i++) {
         uint32_t wide = 0;
         memcpy(&wide, text + 1024 + i * width, width);      // little-endian, as the machine
-        if (wide >= V) fail(FAILED, "%s: token %u at byte %zu, must be below vocab_size %zu", path, wide, 1024 + i * width, V);
+        if (wide >= V)
+            fail(FAILED, "%s: token %u at byte %zu, must be below vocab_size %zu",
+                 path, wide, 1024 + i * width, V);
         s->tokens[s->n++] = (int)wide;
     }
 }
 
-// Reads a file of either kind, told apart by the magic.
+// Reads a file of either kind, told apart by the magic. Fails on text that no tokenizer can encode.
 static Stream read_stream(const Model *m, const char *path) {
     size_t bytes;
     char *text = read_file(path, &bytes);
@@ -171,24 +220,29 @@ static Stream read_stream(const Model *m, const char *path) {
     if (!bytes) fail(FAILED, "%s: is empty, must be UTF-8 text or a token file", path);
     s.tokens = allocate(product(sum(bytes, 1), sizeof(int)), "the tokens of the data");
     if (bytes >= 12) memcpy(&magic, text, sizeof magic);
-    if (magic == 20240520 || magic == 20240801) read_token_file(&s, path, text, bytes, (size_t)m->config.vocab_size);
-    else if (m->tokenizer == NO_TOKENIZER) fail(FAILED, "%s: is text, but the model has no tokenizer: give a token file or --tokenizer", path);
-    else tokenize_documents(&s, text, bytes, (int)m->config.eos_token_id);
+    if (magic == 20240520 || magic == 20240801)
+        read_token_file(&s, path, text, bytes, (size_t)m->config.vocab_size);
+    else if (m->tokenizer == NO_TOKENIZER)
+        fail(FAILED, "%s: is text, but the model has no tokenizer: "
+             "give a token file or --tokenizer", path);
+    else
+        tokenize_documents(&s, text, bytes, (int)m->config.eos_token_id);
     for (size_t i = 0; i < s.n; i++) s.documents += s.tokens[i] == m->config.eos_token_id;
     release(text);
     return s;
 }
 
-// Splits the last 5 % of the documents off for validation; of the tokens where there are fewer than 20
-// documents. Data read in file order stays whole then: its last 5 % serve for both.
+// Takes the last 5 % of the documents off s for validation; of the tokens where there are fewer
+// than 20 documents. Then data read in file order stays whole: its last 5 % serve for both.
 static Stream split_stream(Stream *s, int eos, int sequential) {
     size_t cut = s->n, left = s->documents / 20;
     if (left == 0) {
         cut = s->n - s->n / 20;
-        fprintf(stderr, "train: %zu documents are too few to set some aside: the last 5 %% of the tokens validate%s\n",
+        fprintf(stderr, "train: %zu documents are too few to set some aside: "
+                "the last 5 %% of the tokens validate%s\n",
                 s->documents, sequential ? ", and are trained on" : "");
     } else {
-        for (cut = s->n - 1; cut > 0; cut--)        // back to the EOS before the last `left` documents
+        for (cut = s->n - 1; cut > 0; cut--)    // back to the EOS before the last `left` documents
             if (s->tokens[cut - 1] == eos && --left == 0) break;
     }
     Stream val = { s->tokens + cut, s->n - cut, s->documents / 20 };
@@ -203,7 +257,7 @@ static uint64_t fingerprint(const Stream *s) {
     return h;
 }
 
-// ---- [3] word problems -----------------------------------------------------------------------
+// ---- [3] word problems --------------------------------------------------------------------------
 // The built-in task: grade-school word problems with worked solutions, in the manner of GSM8K.
 // Problems are made on the fly, so there is nothing to download and no end of data. A document is
 //
@@ -222,7 +276,7 @@ static uint64_t fingerprint(const Stream *s) {
 // problems are for validation.)
 
 typedef struct {
-    const char *steps; // three characters each, separated by blanks
+    const char *steps;          // three characters each, separated by blanks
     const char *text;
 } TaskTemplate;
 
@@ -302,11 +356,11 @@ static const char *const task_things[TASK_THINGS] = {
 // What a level may ask for. Numbers are drawn freely and thrown away until every step fits: short
 // to write down, and still tens of megabytes a second, so that no training run waits for it.
 typedef struct {
-    size_t steps;    // no template has more steps
-    int range[3];    // a given number is drawn from 2 to one of these
-    int sum;         // no sum is greater
-    int times[2][2]; // every product is within one of these tables, say 10 x 5
-    int divisor;     // no divisor is greater
+    size_t steps;               // no template has more steps
+    int range[3];               // a given number is drawn from 2 to one of these
+    int sum;                    // no sum is greater
+    int times[2][2];            // every product is within one of these tables, say 10 x 5
+    int divisor;                // no divisor is greater
 } TaskLevel;
 
 static const TaskLevel task_levels[] = {
@@ -314,23 +368,24 @@ static const TaskLevel task_levels[] = {
     {4, .range = {12, 99, 200}, .sum = 400, .times = {{12, 12}, {99, 9}}, .divisor = 12},
 };
 
-// Large enough for the longest template with the longest words and numbers.
-enum { TASK_MAX = 320 };
+enum { TASK_MAX = 320 };        // bytes: the longest template with the longest words and numbers
 
 // With numbers this small chance repeats itself, and a problem met in training would test memory,
 // not arithmetic. So the template and its numbers decide, whatever the names, the thing, the seed
-// and the level: if their hash is 0 modulo this number the problem is for validation, otherwise for
-// training. However long a run, the two never meet. (The salt is one of those with which the hash
-// is fair to the templates that have only few problems at level 1: each gives about a sixteenth.)
+// and the level: if their hash is 0 modulo TASK_CLASSES the problem is for validation, otherwise
+// for training. However long a run, the two never meet. (The salt is one of those with which the
+// hash is fair to the templates that have only few problems at level 1: each gives about a
+// sixteenth.)
 enum { TASK_CLASSES = 16, TASK_SALT = 230 };
 
-// Hashes one more number into h.
+// The hash h with one more number mixed into it.
 static uint64_t task_hash(uint64_t h, uint64_t x) {
     h ^= x;
     return rng_next(&h);
 }
 
-// Carries out the steps; v holds the value of each letter. Returns 0 if the level forbids one.
+// Carries out the steps, "a*b p-c": v ['a' .. 'z'] holds the given numbers from a on and gets the
+// results from p on. Returns 0 if the level forbids one of the steps.
 static int task_solve(const TaskLevel *level, const char *steps, int *v) {
     for (int *result = &v['p' - 'a'], fits;; steps += 4) {
         int x = v[steps[0] - 'a'], y = v[steps[2] - 'a'], z;
@@ -355,7 +410,7 @@ static int task_solve(const TaskLevel *level, const char *steps, int *v) {
 }
 
 // Writes training problem number i of this seed, or number i of the one and only validation list.
-// Nothing is carried over from problem to problem, so a resumed run just goes on counting.
+// Nothing is carried over from problem to problem, so that a resumed run just goes on counting.
 // Returns the length of the text, which takes TASK_MAX bytes at most, with the final NUL.
 static int task_problem(char *text, uint64_t seed, uint64_t i, int level, int held_out) {
     const TaskLevel *limits = &task_levels[level - 1];
@@ -407,8 +462,9 @@ static int task_problem(char *text, uint64_t seed, uint64_t i, int level, int he
     return (int)(out - text);
 }
 
-// The prompt is the question with its newline; the model's part begins with "answer:". The cut is
-// at a newline because the usual tokenizers never join one with the letters that follow.
+// The length of the prompt, which is the question with its newline; the model's part begins with
+// "answer:". The cut is at a newline because the usual tokenizers never join one with the letters
+// that follow.
 static int task_prompt_length(const char *text) {
     return (int)strcspn(text, "\n") + 1;
 }
@@ -424,9 +480,9 @@ static long task_answer(const char *text) {
     return strtol(s + 5, NULL, 10);
 }
 
-enum { TASK_VALIDATION = 500 };     // held-out problems whose text makes the validation loss
+enum { TASK_VALIDATION = 500 };     // held-out problems, whose text makes the validation loss
 
-// Problem number i as tokens, EOS included; returns how many.
+// Problem number i as tokens, EOS included, at most TASK_MAX of them; returns how many.
 static size_t task_tokens(int *tokens, const Recipe *r, uint64_t i, int held_out, int eos) {
     char text[TASK_MAX];
     int length = task_problem(text, (uint64_t)r->seed, i, (int)r->level, held_out);
@@ -437,7 +493,8 @@ static size_t task_tokens(int *tokens, const Recipe *r, uint64_t i, int held_out
 
 // The stream of the first held-out problems.
 static Stream task_validation(const Recipe *r, int eos) {
-    Stream s = { .tokens = allocate(TASK_VALIDATION * (TASK_MAX + 1) * sizeof(int), "the validation data"), .documents = TASK_VALIDATION };
+    const size_t bytes = TASK_VALIDATION * (TASK_MAX + 1) * sizeof(int);
+    Stream s = { .tokens = allocate(bytes, "the validation data"), .documents = TASK_VALIDATION };
     for (uint64_t i = 0; i < TASK_VALIDATION; i++) s.n += task_tokens(s.tokens + s.n, r, i, 1, eos);
     return s;
 }
@@ -454,26 +511,32 @@ typedef struct {
     uint64_t document;          // built-in: the next problem to make
 } Data;
 
+// How many windows of L inputs, and one token more, a stream has.
 static size_t windows(const Stream *s, size_t L) { return s->n ? (s->n - 1) / L : 0; }
 
-// Takes the next max_length tokens of the endless stream of problems, and the one after them, which stays.
+// Takes the next L = max_length tokens off the endless stream of problems; window (L + 1) gets them
+// and the token after them, which stays.
 static void next_made_window(Data *data, int *window) {
-    const size_t L = (size_t)data->recipe->max_length;
-    if (!data->pending) data->pending = allocate((L + TASK_MAX + 2) * sizeof(int), "a window of data");
-    while (data->n_pending < L + 1)
-        data->n_pending += task_tokens(data->pending + data->n_pending, data->recipe, data->document++, 0, data->eos);
+    const size_t L = (size_t)data->recipe->max_length, room = L + TASK_MAX + 2;
+    if (!data->pending) data->pending = allocate(room * sizeof(int), "a window of data");
+    while (data->n_pending < L + 1) {
+        int *end = data->pending + data->n_pending;
+        data->n_pending += task_tokens(end, data->recipe, data->document++, 0, data->eos);
+    }
     memcpy(window, data->pending, (L + 1) * sizeof(int));
     memmove(data->pending, data->pending + L, (data->n_pending -= L) * sizeof(int));
 }
 
-// The window that is number i of all samples of the run: in file order, or in an order drawn anew each epoch.
+// The window (max_length + 1) that is number i of all samples of the run: in file order, or in an
+// order drawn anew each epoch.
 static const int *window_of(Data *data, uint64_t i) {
     const size_t L = (size_t)data->recipe->max_length, n = windows(&data->train, L);
     const uint64_t epoch = i / n;
     if (data->recipe->sequential) return data->train.tokens + i % n * L;
     if (data->epoch != epoch + 1) {
         uint64_t rng = (uint64_t)data->recipe->seed * 0x9E3779B97F4A7C15u + epoch;
-        if (!data->order) data->order = allocate(product(n, sizeof(size_t)), "the order of the data");
+        if (!data->order)
+            data->order = allocate(product(n, sizeof(size_t)), "the order of the data");
         for (size_t k = 0; k < n; k++) {                // Fisher and Yates, from the inside out
             size_t j = (size_t)(rng_next(&rng) % (k + 1));
             data->order[k] = data->order[j];
@@ -484,7 +547,8 @@ static const int *window_of(Data *data, uint64_t i) {
     return data->train.tokens + data->order[i % n] * L;
 }
 
-// The batch of a step: inputs and targets (batch_size, max_length). Steps must be asked for in order.
+// The batch of a step: inputs and targets (batch_size, max_length); window (max_length + 1) is
+// scratch. The steps must be asked for in order.
 static void next_batch(Data *data, uint64_t step, int *inputs, int *targets, int *window) {
     const size_t B = (size_t)data->recipe->batch_size, L = (size_t)data->recipe->max_length;
     for (size_t b = 0; b < B; b++) {
@@ -495,14 +559,17 @@ static void next_batch(Data *data, uint64_t step, int *inputs, int *targets, int
     }
 }
 
-// ---- [4] backward of operations --------------------------------------------------------------
+// ---- [4] backward of operations -----------------------------------------------------------------
+// As [6] and [7] in coe.c: what is above a function is the forward equation, then its derivative.
 
-// Columns are shared out among the threads in blocks of this many where a sum runs over rows.
+// Where a sum runs over rows, the columns are shared out among the threads in blocks of this many.
 enum { COLUMN_BLOCK = 64 };
 
 // dw (d) += the sum over the n rows of dy * x * scale, and of dy alone where x is NULL (a bias).
-// x and dy are (n, d) at strides ldx and ldy, scale (n). A thread owns columns, so the order of the sum is fixed.
-static void add_rows(real *dw, const real *dy, size_t ldy, const real *x, size_t ldx, const real *scale, size_t n, size_t d) {
+// x and dy are (n, d) at strides ldx and ldy, scale (n). A thread owns columns, so that the order
+// of the sum is fixed.
+static void add_rows(real *dw, const real *dy, size_t ldy, const real *x, size_t ldx,
+                     const real *scale, size_t n, size_t d) {
     #pragma omp parallel for if (worth_threads(n * d))
     for (size_t block = 0; block < d; block += COLUMN_BLOCK) {
         const size_t end = block + COLUMN_BLOCK < d ? block + COLUMN_BLOCK : d;
@@ -516,8 +583,9 @@ static void add_rows(real *dw, const real *dy, size_t ldy, const real *x, size_t
 // Let u_i = w_i dy_i. x_j acts directly and through s, with ds/dx_j = -s^3 x_j / d, so
 //     dx_j = s u_j - (s^3 / d) x_j sum_i u_i x_i               dw_i += dy_i x_i s
 // dx (n, d) at stride lddx, += with `add`; dy at lddy, x at ldx; s = inverse (n) was kept.
-static void rmsnorm_backward(real *dx, size_t lddx, const Tensor *dw, const real *dy, size_t lddy, const real *inverse,
-                             const real *x, size_t ldx, const Tensor *w, size_t n, int add) {
+static void rmsnorm_backward(real *dx, size_t lddx, const Tensor *dw, const real *dy, size_t lddy,
+                             const real *inverse, const real *x, size_t ldx, const Tensor *w,
+                             size_t n, int add) {
     const size_t d = w->cols;
     #pragma omp parallel for if (worth_threads(n * d))
     for (size_t t = 0; t < n; t++) {
@@ -526,17 +594,21 @@ static void rmsnorm_backward(real *dx, size_t lddx, const Tensor *dw, const real
         vec lanes = { 0 };
         real along = 0;                 // sum_i u_i x_i
         size_t i = 0;
-        for (; i + LANES <= d; i += LANES) lanes += load(w->data + i) * load(dyt + i) * load(xt + i);
+        for (; i + LANES <= d; i += LANES)
+            lanes += load(w->data + i) * load(dyt + i) * load(xt + i);
         for (; i < d; i++) along += w->data[i] * dyt[i] * xt[i];
         along = (along + add_lanes(lanes)) * s * s * s / (real)d;
-        for (i = 0; i < d; i++) dxt[i] = (add ? dxt[i] : 0) + (s * w->data[i] * dyt[i] - along * xt[i]);
+        for (i = 0; i < d; i++)
+            dxt[i] = (add ? dxt[i] : 0) + (s * w->data[i] * dyt[i] - along * xt[i]);
     }
     add_rows(dw->data, dy, lddy, x, ldx, inverse, n, d);
 }
 
 // y = x w^T + b:   dx = dy w (+= with `add`),   dw += dy^T x,   db += the rows of dy
-static void linear_backward(real *dx, const Tensor *dw, const Tensor *db, const real *dy, const real *x, const Tensor *w,
-                            size_t e, size_t n, int add) {
+// dx and x (n, columns of w), dy (n, rows of w), copy e of the stacks w and dw. dx and db may be
+// NULL.
+static void linear_backward(real *dx, const Tensor *dw, const Tensor *db, const real *dy,
+                            const real *x, const Tensor *w, size_t e, size_t n, int add) {
     if (dx) matmul_nn(dx, w->cols, dy, w->rows, at(w, e), w->cols, n, w->cols, w->rows, add);
     matmul_tn(at(dw, e), w->cols, dy, w->rows, x, w->cols, n, w->cols, w->rows, 1);
     if (db && db->data) add_rows(db->data, dy, w->rows, NULL, 0, NULL, n, w->rows);
@@ -544,7 +616,7 @@ static void linear_backward(real *dx, const Tensor *dw, const Tensor *db, const 
 
 // y_i = e^(x_i) / sum_j e^(x_j):   dy_i/dx_j = y_i ([i = j] - y_j), so
 //     dx_j = y_j (dy_j - sum_i dy_i y_i)
-// in place: d (n) holds dy and becomes dx.
+// In place: d (n) holds dy and becomes dx.
 static void softmax_backward(real *d, const real *y, size_t n) {
     real along = dot(d, y, n);
     for (size_t i = 0; i < n; i++) d[i] = y[i] * (d[i] - along);
@@ -569,7 +641,8 @@ typedef struct {
     real *dinput;       // (T K, d)         of their inputs
     real *dact, *dg, *du;       // (T K, f) or (T, f S) or (T, I), the largest
     real *dweight;      // (T, K)           of the routing weights
-    real *row_weight, *drow_weight;     // (T K)  the routing weights grouped by expert, and their gradients
+    real *row_weight;   // (T K)            the routing weights, grouped by expert
+    real *drow_weight;  // (T K)            and their gradients
     real *dscore;       // (T, E)           of the routers' scores, then of their logits
     real *logits;       // (LOSS_ROWS, V)
     size_t loss_rows;
@@ -577,18 +650,21 @@ typedef struct {
     size_t memory_bytes;
 } Gradients;
 
-// Rows whose logits are in memory at a time: enough for lm_head's products to run at full speed, few enough that
-// (rows, V) stays small beside the model.
+// Rows whose logits are in memory at a time: enough for lm_head's products to run at full speed,
+// few enough that (rows, V) stays small beside the model.
 static size_t loss_rows(size_t T, size_t V) {
     size_t rows = ((size_t)1 << 24) / V;
     rows = rows < 96 ? 96 : rows > 384 ? 384 : rows;
     return rows < T ? rows : T;
 }
 
-static void gradients_layout(Gradients *g, const Config *c, size_t T, size_t context, Arena *arena) {
-    const size_t d = c->hidden_size, H = c->num_attention_heads, dn = c->qk_nope_head_dim, dr = c->qk_rope_head_dim,
-        dv = c->v_head_dim, r = c->q_lora_rank, R = c->kv_lora_rank, E = c->n_routed_experts,
-        K = E ? (size_t)c->num_experts_per_tok : 0, f = c->moe_intermediate_size, fit = sizeof(real);
+// Places everything in Gradients for T rows, of sequences of up to `context` tokens.
+static void gradients_layout(Gradients *g, const Config *c, size_t T, size_t context,
+                             Arena *arena) {
+    const size_t d = c->hidden_size, H = c->num_attention_heads, dn = c->qk_nope_head_dim,
+        dr = c->qk_rope_head_dim, dv = c->v_head_dim, r = c->q_lora_rank, R = c->kv_lora_rank,
+        E = c->n_routed_experts, K = E ? (size_t)c->num_experts_per_tok : 0,
+        f = c->moe_intermediate_size, fit = sizeof(real);
     size_t wide = f * (size_t)c->n_shared_experts;
     for (size_t l = 0; l < (size_t)c->num_hidden_layers; l++)
         if (!is_moe(c, l)) wide = max_size(wide, (size_t)c->intermediate_size);
@@ -619,6 +695,7 @@ static void gradients_layout(Gradients *g, const Config *c, size_t T, size_t con
     g->logits    = take(arena, product(g->loss_rows, (size_t)c->vocab_size), fit);
 }
 
+// Memory for the backward pass of T rows, laid out like a State: once to measure, once to place.
 static Gradients gradients_new(const Config *c, size_t T, size_t context) {
     Gradients g = { 0 };
     Arena arena = { 0 };
@@ -630,26 +707,29 @@ static Gradients gradients_new(const Config *c, size_t T, size_t context) {
     return g;
 }
 
-// ---- [5] backward of attention ---------------------------------------------------------------
-// mirrors [9] in coe.c
+// ---- [5] backward of attention ------------------------------------------------------------------
+// Mirrors [9] in coe.c.
 
-// For one head, with p_ij = softmax_j(scale s_ij), s_ij = q_i . k_j + qr_i . kr_j and o_i = sum_j p_ij v_j:
+// For one head, with p_ij = softmax_j(scale s_ij), s_ij = q_i . k_j + qr_i . kr_j and
+// o_i = sum_j p_ij v_j:
 //     dv_j  = sum_i p_ij do_i                           dp_ij = do_i . v_j
 //     ds_ij = scale p_ij (dp_ij - sum_k p_ik dp_ik)     where sum_k p_ik dp_ik = do_i . o_i
 //     dq_i  = sum_j ds_ij k_j     dk_j = sum_i ds_ij q_i     and the same for qr, kr
-// p is not kept: it is e^(scale s - log_sum), one block of queries at a time. A thread owns a head of a sequence:
-// only its own rows of dq, dkv and dk_rot are written.
-static void attend_backward(const Config *c, State *s, const LayerState *a, Gradients *g, size_t B, size_t n) {
-    const size_t H = c->num_attention_heads, dn = c->qk_nope_head_dim, dr = c->qk_rope_head_dim, dv = c->v_head_dim,
-        R = c->kv_lora_rank, dq = dn + dr, dkv = dn + dv;
+// From g->dheads into g->dq, g->dkv and g->dk_rot, which need not be 0. p was not kept: it is
+// e^(scale s - log_sum), one block of queries at a time. A thread owns a head of a sequence, and
+// writes only its own rows.
+static void attend_backward(const Config *c, State *s, const LayerState *a, Gradients *g,
+                            size_t B, size_t n) {
+    const size_t H = c->num_attention_heads, dn = c->qk_nope_head_dim, dr = c->qk_rope_head_dim,
+        dv = c->v_head_dim, R = c->kv_lora_rank, dq = dn + dr, dkv = dn + dv;
     const real scale = attention_scale(c);
     memset(g->dkv, 0, B * n * H * dkv * sizeof(real));
     memset(g->dk_rot, 0, B * n * H * dr * sizeof(real));
     #pragma omp parallel for schedule(dynamic, 1)
     for (size_t task = 0; task < B * H; task++) {
-        const size_t b = task / H, h = task % H;
-        const real *kv = a->kv + (b * n * H + h) * dkv, *k_rot = a->latent + b * n * (R + dr) + R;
-        real *dkv_h = g->dkv + (b * n * H + h) * dkv, *dk_rot = g->dk_rot + (b * n * H + h) * dr;
+        const size_t b = task / H, h = task % H, start = b * n * H + h;
+        const real *kv = a->kv + start * dkv, *k_rot = a->latent + b * n * (R + dr) + R;
+        real *dkv_h = g->dkv + start * dkv, *dk_rot = g->dk_rot + start * dr;
         real *p = s->scores + (size_t)thread_id() * QUERY_BLOCK * s->context;
         real *ds = g->dscores + (size_t)thread_id() * QUERY_BLOCK * s->context;
         for (size_t i0 = 0; i0 < n; i0 += QUERY_BLOCK) {
@@ -660,7 +740,8 @@ static void attend_backward(const Config *c, State *s, const LayerState *a, Grad
             scores_of(p, q, H * dq, kv, H * dkv, k_rot, R + dr, rows, keys, dn, dr);
             matmul_nt(ds, keys, d_o, H * dv, kv + dn, H * dkv, rows, dv, keys, 0);
             for (size_t i = 0; i < rows; i++) {
-                const real log_sum = a->log_sum[(first + i) * H + h], along = dot(d_o + i * H * dv, o + i * H * dv, dv);
+                const real log_sum = a->log_sum[(first + i) * H + h];
+                const real along = dot(d_o + i * H * dv, o + i * H * dv, dv);
                 real *pi = p + i * keys, *dsi = ds + i * keys;
                 const size_t seen = i0 + i + 1;
                 for (size_t j = 0; j < seen; j++) {
@@ -680,12 +761,15 @@ static void attend_backward(const Config *c, State *s, const LayerState *a, Grad
 }
 
 // g->dx (T, d), of the layer's input, from g->dmid: mid = x + attention(rmsnorm(x)), read upwards.
-static void attention_backward(const Model *m, const Weights *dw, State *s, Gradients *g, size_t l, size_t B, size_t n) {
+// Normed inputs were not kept and are computed again.
+static void attention_backward(const Model *m, const Weights *dw, State *s, Gradients *g, size_t l,
+                               size_t B, size_t n) {
     const Config *c = &m->config;
     const Layer *w = &m->w.layer[l], *dl = &dw->layer[l];
     const LayerState *a = &s->layer[l];
-    const size_t T = B * n, d = c->hidden_size, H = c->num_attention_heads, dn = c->qk_nope_head_dim,
-        dr = c->qk_rope_head_dim, dv = c->v_head_dim, r = c->q_lora_rank, R = c->kv_lora_rank, dkv = dn + dv;
+    const size_t T = B * n, d = c->hidden_size, H = c->num_attention_heads,
+        dn = c->qk_nope_head_dim, dr = c->qk_rope_head_dim, dv = c->v_head_dim,
+        r = c->q_lora_rank, R = c->kv_lora_rank, dkv = dn + dv;
     const real eps = (real)c->rms_norm_eps, latent_eps = (real)1e-6;
 
     linear_backward(g->dheads, &dl->o_proj, &dl->o_bias, g->dmid, a->heads, &w->o_proj, 0, T, 0);
@@ -703,28 +787,36 @@ static void attention_backward(const Model *m, const Weights *dw, State *s, Grad
         }
         rope(dk, s, t % n, dr, -1);
     }
-    rmsnorm_backward(g->dkv_a, R + dr, &dl->kv_a_layernorm, g->dlatent, R, a->inverse_kv, a->kv_a, R + dr, &w->kv_a_layernorm, T, 0);
+    rmsnorm_backward(g->dkv_a, R + dr, &dl->kv_a_layernorm, g->dlatent, R, a->inverse_kv,
+                     a->kv_a, R + dr, &w->kv_a_layernorm, T, 0);
     if (r) {
         rmsnorm(s->norm, r, NULL, a->q_a, r, &w->q_a_layernorm, T, latent_eps);
         linear_backward(g->dlatent_q, &dl->q_b_proj, NULL, g->dq, s->norm, &w->q_b_proj, 0, T, 0);
-        rmsnorm_backward(g->dq_a, r, &dl->q_a_layernorm, g->dlatent_q, r, a->inverse_q, a->q_a, r, &w->q_a_layernorm, T, 0);
+        rmsnorm_backward(g->dq_a, r, &dl->q_a_layernorm, g->dlatent_q, r, a->inverse_q,
+                         a->q_a, r, &w->q_a_layernorm, T, 0);
     }
     rmsnorm(s->norm, d, NULL, a->x, d, &w->input_layernorm, T, eps);
-    if (r) linear_backward(g->dnorm, &dl->q_a_proj, &dl->q_a_bias, g->dq_a, s->norm, &w->q_a_proj, 0, T, 0);
-    else   linear_backward(g->dnorm, &dl->q_proj, NULL, g->dq, s->norm, &w->q_proj, 0, T, 0);
-    linear_backward(g->dnorm, &dl->kv_a_proj, &dl->kv_a_bias, g->dkv_a, s->norm, &w->kv_a_proj, 0, T, 1);
+    if (r)
+        linear_backward(g->dnorm, &dl->q_a_proj, &dl->q_a_bias, g->dq_a, s->norm, &w->q_a_proj, 0,
+                        T, 0);
+    else
+        linear_backward(g->dnorm, &dl->q_proj, NULL, g->dq, s->norm, &w->q_proj, 0, T, 0);
+    linear_backward(g->dnorm, &dl->kv_a_proj, &dl->kv_a_bias, g->dkv_a, s->norm, &w->kv_a_proj, 0,
+                    T, 1);
     memcpy(g->dx, g->dmid, T * d * sizeof(real));
-    rmsnorm_backward(g->dx, d, &dl->input_layernorm, g->dnorm, d, a->inverse_x, a->x, d, &w->input_layernorm, T, 1);
+    rmsnorm_backward(g->dx, d, &dl->input_layernorm, g->dnorm, d, a->inverse_x,
+                     a->x, d, &w->input_layernorm, T, 1);
 }
 
-// ---- [6] backward of the chain ---------------------------------------------------------------
-// mirrors [10] in coe.c
+// ---- [6] backward of the chain ------------------------------------------------------------------
+// Mirrors [10] in coe.c.
 
 // act = silu(g) u and, for da the gradient of act and k a factor on it,
 //     du = k da silu(g),   dg = k da u silu'(g),   silu'(g) = s + g s (1 - s),   s = sigmoid(g)
-// `restrict`: without the promise that nothing overlaps the loop would not be vectorised.
-static void swiglu_backward(real *restrict dg, real *restrict du, real *restrict act, const real *restrict da,
-                            const real *restrict g, const real *restrict u, real k, size_t n) {
+// All (n). `restrict`: without the promise that nothing overlaps, the loop would not be vectorised.
+static void swiglu_backward(real *restrict dg, real *restrict du, real *restrict act,
+                            const real *restrict da, const real *restrict g,
+                            const real *restrict u, real k, size_t n) {
     for (size_t i = 0; i < n; i++) {
         const real s = sigmoid(g[i]), silu = g[i] * s, d = k * da[i];
         act[i] = silu * u[i];
@@ -733,15 +825,18 @@ static void swiglu_backward(real *restrict dg, real *restrict du, real *restrict
     }
 }
 
-// One swiglu network: y = weight * down(act), act = silu(g) u, g = gate x, u = up x, where weight (n) is the routing
-// weight of each row, or NULL for 1. With a = down^T dy, before the weight is on it:
+// One swiglu network: y = weight * down(act), act = silu(g) u, g = gate x, u = up x, where weight
+// (n) is the routing weight of each row, or NULL for 1. With a = dy down, the gradient of act
+// before the weight is on it:
 //     dweight = dy . down(act) = a . act
 //     dact = weight a,     ddown += dy^T (weight act)
 //     dx = dg gate + du up (+= with `add`),   dgate += dg^T x,   dup += du^T x
-// act, dact, dg, du (n, f) are scratch; copy e of the stacks w[3], dw[3] = gate, up, down.
-static void feed_forward_backward(real *dx, real *dweight, const Tensor *dw[3], real *act, real *dact, real *dg, real *du, const real *dy,
-                                  const real *x, const real *weight, const real *gate, const real *up, const Tensor *w[3],
-                                  size_t e, size_t n, int add) {
+// dx, dy, x (n, d); gate = gate x and up = up x (n, f) were kept; act, dact, dg, du (n, f) are
+// scratch; copy e of the stacks w[3], dw[3] = gate, up, down.
+static void feed_forward_backward(real *dx, real *dweight, const Tensor *dw[3], real *act,
+                                  real *dact, real *dg, real *du, const real *dy, const real *x,
+                                  const real *weight, const real *gate, const real *up,
+                                  const Tensor *w[3], size_t e, size_t n, int add) {
     const size_t f = w[0]->rows, d = w[0]->cols;
     matmul_nn(dact, f, dy, d, at(w[2], e), f, n, f, d, 0);
     #pragma omp parallel for if (worth_threads(n * f))
@@ -758,18 +853,23 @@ static void feed_forward_backward(real *dx, real *dweight, const Tensor *dw[3], 
     linear_backward(dx, dw[1], NULL, du, x, w[1], e, n, 1);
 }
 
-// The load-balancing loss of one router call, and its gradient into dscore (T, E), which it overwrites. Over a group
-// of tokens (a sequence with seq_aux, else the batch of B sequences of n), with N tokens in it:
+// The load-balancing loss of one router call, and its gradient into dscore (T, E), which it
+// overwrites. Over a group of tokens (a sequence with seq_aux, else all B sequences of n), with N
+// tokens in it:
 //     alpha * sum_e count_e E / (N K) * mean_t s_te,     d/ds_te = alpha count_e E / (N K) / N
-// The mean over sequences divides by B. `share` is the micro-batch's part of the batch. Counts are constants.
-static double balance(real *dscore, const Config *c, const Iteration *i, size_t B, size_t n, double share) {
-    const size_t E = c->n_routed_experts, K = c->num_experts_per_tok, groups = c->seq_aux ? B : 1, N = B * n / groups;
+// The mean over sequences divides by B. `share` is the micro-batch's part of the batch. How often
+// an expert was chosen, count_e, is a constant: a choice has no gradient.
+static double balance(real *dscore, const Config *c, const Iteration *i, size_t B, size_t n,
+                      double share) {
+    const size_t E = c->n_routed_experts, K = c->num_experts_per_tok,
+        groups = c->seq_aux ? B : 1, N = B * n / groups;
     double loss = 0;
     real factor[E];
     for (size_t group = 0; group < groups; group++) {
         memset(factor, 0, E * sizeof(real));
         for (size_t k = group * N * K; k < (group + 1) * N * K; k++) factor[i->expert[k]]++;
-        double per_count = share * c->aux_loss_alpha * (double)E / (double)(N * K) / (double)N / (double)groups;
+        double per_count = share * c->aux_loss_alpha * (double)E / (double)(N * K) / (double)N /
+                           (double)groups;
         for (size_t e = 0; e < E; e++) factor[e] *= (real)per_count;
         for (size_t t = group * N; t < (group + 1) * N; t++) {
             memcpy(dscore + t * E, factor, E * sizeof(real));
@@ -779,27 +879,32 @@ static double balance(real *dscore, const Config *c, const Iteration *i, size_t 
     return loss;
 }
 
-// The router: dx (T, d) += and its weights' gradient, from g->dweight (T, K). The choice itself has no gradient; the
-// scores have one where they became weights: with S the sum of the chosen scores,
-//     weight_k = factor s_k:  ds_k = factor dweight_k         weight_k = s_k / S:  ds_k = (dweight_k - sum_j dweight_j weight_j) / S
-// and through the balancing loss. Returns that loss.
-static double route_backward(const Config *c, Gradients *g, real *dx, const Iteration *i, const Layer *w, const Layer *dl,
-                             size_t t, size_t B, size_t n, double share) {
+// The router: dx (T, d) += and its weights' gradient, from g->dweight (T, K). The choice itself has
+// no gradient; the scores have one where they became weights. With S the sum of the chosen scores,
+//     weight_k = factor s_k:      ds_k = factor dweight_k
+//     weight_k = s_k / S:         ds_k = (dweight_k - sum_j dweight_j weight_j) / S
+// and through the balancing loss, which is returned.
+static double route_backward(const Config *c, Gradients *g, real *dx, const Iteration *i,
+                             const Layer *w, const Layer *dl, size_t t, size_t B, size_t n,
+                             double share) {
     const size_t T = B * n, d = c->hidden_size, E = c->n_routed_experts, K = c->num_experts_per_tok;
     const double loss = balance(g->dscore, c, i, B, n, share);
     const int normalised = c->norm_topk_prob && K > 1;
+    const real factor = (real)c->routed_scaling_factor;
     #pragma omp parallel for if (worth_threads(T * E))
     for (size_t k = 0; k < T; k++) {
-        const real *score = i->score + k * E, *weight = i->weight + k * K, *dweight = g->dweight + k * K;
+        const real *score = i->score + k * E, *weight = i->weight + k * K;
+        const real *dweight = g->dweight + k * K;
         const int *expert = i->expert + k * K;
         real *dscore = g->dscore + k * E, along = 0, total = (real)1e-20;
         for (size_t j = 0; normalised && j < K; j++) {
             along += dweight[j] * weight[j];
-            if (weight[j] != 0) total += score[expert[j]];      // a weight of 0 is of an expert that did not count
+            if (weight[j] != 0) total += score[expert[j]];      // 0: its group was not allowed
         }
         for (size_t j = 0; j < K; j++)
             if (weight[j] != 0)
-                dscore[expert[j]] += normalised ? (dweight[j] - along) / total : dweight[j] * (real)c->routed_scaling_factor;
+                dscore[expert[j]] += normalised ? (dweight[j] - along) / total
+                                                : dweight[j] * factor;
         softmax_backward(dscore, score, E);
     }
     const size_t router = c->use_igate ? t : 0;
@@ -808,20 +913,25 @@ static double route_backward(const Config *c, Gradients *g, real *dx, const Iter
     return loss;
 }
 
-// dx (T, d) += of the input of iteration t of layer l, from dy (T, d), of ffn_t's output. Returns the balancing loss.
-static double ffn_backward(const Model *m, const Weights *dw, State *s, Gradients *g, real *dx, const real *dy,
-                           size_t l, size_t t, size_t B, size_t n, double share) {
+// dx (T, d) += of the input of iteration t of layer l, from dy (T, d), of ffn_t's output:
+// ffn_forward read upwards. Returns the balancing loss.
+static double ffn_backward(const Model *m, const Weights *dw, State *s, Gradients *g, real *dx,
+                           const real *dy, size_t l, size_t t, size_t B, size_t n, double share) {
     const Config *c = &m->config;
     const Layer *w = &m->w.layer[l], *dl = &dw->layer[l];
     const Iteration *i = &s->layer[l].iteration[t];
-    const size_t T = B * n, d = c->hidden_size, E = c->n_routed_experts, K = c->num_experts_per_tok, f = c->moe_intermediate_size;
+    const size_t T = B * n, d = c->hidden_size, E = c->n_routed_experts,
+        K = c->num_experts_per_tok, f = c->moe_intermediate_size;
     const int moe = is_moe(c, l);
     if (!moe || c->n_shared_experts) {
-        const Tensor *w3[]  = { moe ? &w->shared_gate_proj : &w->dense_gate_proj, moe ? &w->shared_up_proj : &w->dense_up_proj,
+        const Tensor *w3[]  = { moe ? &w->shared_gate_proj : &w->dense_gate_proj,
+                                moe ? &w->shared_up_proj : &w->dense_up_proj,
                                 moe ? &w->shared_down_proj : &w->dense_down_proj };
-        const Tensor *dw3[] = { moe ? &dl->shared_gate_proj : &dl->dense_gate_proj, moe ? &dl->shared_up_proj : &dl->dense_up_proj,
+        const Tensor *dw3[] = { moe ? &dl->shared_gate_proj : &dl->dense_gate_proj,
+                                moe ? &dl->shared_up_proj : &dl->dense_up_proj,
                                 moe ? &dl->shared_down_proj : &dl->dense_down_proj };
-        feed_forward_backward(dx, NULL, dw3, s->act, g->dact, g->dg, g->du, dy, i->x, NULL, i->shared_g, i->shared_u, w3, 0, T, 1);
+        feed_forward_backward(dx, NULL, dw3, s->act, g->dact, g->dg, g->du, dy, i->x, NULL,
+                              i->shared_g, i->shared_u, w3, 0, T, 1);
     }
     if (!moe) return 0;
     const Tensor *w3[]  = { &w->experts_gate_proj, &w->experts_up_proj, &w->experts_down_proj };
@@ -835,9 +945,11 @@ static double ffn_backward(const Model *m, const Weights *dw, State *s, Gradient
             memcpy(s->gathered + k * d, i->x + (size_t)i->token[k] * d, d * sizeof(real));
             memcpy(g->dgrouped + k * d, dy + (size_t)i->token[k] * d, d * sizeof(real));
         }
-        feed_forward_backward(g->dinput + first * d, g->drow_weight + first, dw3, s->act + first * f, g->dact + first * f,
-                              g->dg + first * f, g->du + first * f, g->dgrouped + first * d, s->gathered + first * d,
-                              g->row_weight + first, i->g + first * f, i->u + first * f, w3, e, rows, 0);
+        feed_forward_backward(g->dinput + first * d, g->drow_weight + first, dw3,
+                              s->act + first * f, g->dact + first * f, g->dg + first * f,
+                              g->du + first * f, g->dgrouped + first * d, s->gathered + first * d,
+                              g->row_weight + first, i->g + first * f, i->u + first * f,
+                              w3, e, rows, 0);
     }
     #pragma omp parallel for if (worth_threads(T * K * d))
     for (size_t k = 0; k < T; k++)
@@ -849,10 +961,11 @@ static double ffn_backward(const Model *m, const Weights *dw, State *s, Gradient
     return route_backward(c, g, dx, i, w, dl, t, B, n, share);
 }
 
-// g->dmid (T, d) from g->dx, of the layer's output: chain_forward read upwards. With y' = ffn(y) + y the gradient
-// reaches y through both; with y' = y + v * ffn(y) (coe_weights v): dffn = v dy', dv += dy' ffn(y).
-// Returns the balancing loss of the layer.
-static double chain_backward(const Model *m, const Weights *dw, State *s, Gradients *g, size_t l, size_t B, size_t n, double share) {
+// g->dmid (T, d) from g->dx, of the layer's output: chain_forward read upwards. With
+// y' = ffn(y) + y the gradient reaches y through both; with y' = y + v * ffn(y) (coe_weights v):
+// dffn = v dy', dv += dy' ffn(y). Returns the balancing loss of the layer.
+static double chain_backward(const Model *m, const Weights *dw, State *s, Gradients *g, size_t l,
+                             size_t B, size_t n, double share) {
     const Config *c = &m->config;
     const Layer *w = &m->w.layer[l], *dl = &dw->layer[l];
     const LayerState *a = &s->layer[l];
@@ -862,7 +975,8 @@ static double chain_backward(const Model *m, const Weights *dw, State *s, Gradie
     else memset(g->dmid, 0, T * d * sizeof(real));
     for (size_t t = C; t-- > 0; ) {
         const Iteration *i = &a->iteration[t];
-        const int upcycled = m->coe_weights && t > 0, inner = upcycled || (!m->coe_weights && c->inner_residual);
+        const int upcycled = m->coe_weights && t > 0;
+        const int inner = upcycled || (!m->coe_weights && c->inner_residual);
         const real *v = upcycled ? at(&w->coe_weights, t - 1) : NULL;
         real *dv = upcycled ? at(&dl->coe_weights, t - 1) : NULL;
         for (size_t k = 0; k < T; k++)
@@ -874,17 +988,20 @@ static double chain_backward(const Model *m, const Weights *dw, State *s, Gradie
         if (!inner) memset(g->dx, 0, T * d * sizeof(real));
         loss += ffn_backward(m, dw, s, g, g->dx, g->dffn, l, t, B, n, share);
     }
-    rmsnorm_backward(g->dmid, d, &dl->post_attention_layernorm, g->dx, d, a->inverse_mid, a->mid, d, &w->post_attention_layernorm, T, 1);
+    rmsnorm_backward(g->dmid, d, &dl->post_attention_layernorm, g->dx, d, a->inverse_mid,
+                     a->mid, d, &w->post_attention_layernorm, T, 1);
     return loss;
 }
 
-// ---- [7] backward ----------------------------------------------------------------------------
+// ---- [7] backward -------------------------------------------------------------------------------
 
-// The sum over all rows of the cross entropy against targets (T), times `scale`, and with dw given the gradient of
-// that: into lm_head and, as g->dnorm (T, d), into what it saw. For logits z and probabilities p = softmax(z),
+// The sum over all rows of s->final of the cross entropy against targets (T), times `scale`, and
+// with dw given the gradient of that: into lm_head and, as g->dnorm (T, d), into s->final. For
+// logits z and probabilities p = softmax(z),
 //     loss = log sum_j e^(z_j) - z_target,    dloss/dz_j = p_j - [j = target]
 // A block of rows at a time: the logits of all rows would dwarf the model.
-static double loss_of(const Model *m, const Weights *dw, State *s, Gradients *g, const int *targets, size_t T, double scale) {
+static double loss_of(const Model *m, const Weights *dw, State *s, Gradients *g,
+                      const int *targets, size_t T, double scale) {
     const size_t V = m->config.vocab_size, d = m->config.hidden_size;
     double total = 0;
     for (size_t first = 0; first < T; first += g->loss_rows) {
@@ -899,17 +1016,19 @@ static double loss_of(const Model *m, const Weights *dw, State *s, Gradients *g,
             for (size_t i = 0; dw && i < V; i++) z[i] *= (real)scale;
         }
         for (size_t t = 0; t < rows; t++) total += row_loss[t];
-        if (dw) linear_backward(g->dnorm + first * d, dw->lm_head, NULL, g->logits, s->final + first * d, m->w.lm_head, 0, rows, 0);
+        if (dw)
+            linear_backward(g->dnorm + first * d, dw->lm_head, NULL, g->logits,
+                            s->final + first * d, m->w.lm_head, 0, rows, 0);
     }
     return total * scale;
 }
 
 typedef struct { double loss, aux; } Loss;
 
-// Adds the gradient of (cross entropy * scale + balancing loss * share) for tokens and targets (B, n) to dw: forward(),
-// then forward() read upwards. Returns both losses.
-static Loss backward(const Model *m, const Weights *dw, State *s, Gradients *g, const int *tokens, const int *targets,
-                     size_t B, size_t n, double scale, double share) {
+// Adds the gradient of (cross entropy * scale + balancing loss * share) for tokens and targets
+// (B, n) to dw: forward(), then forward() read upwards. Returns both losses.
+static Loss backward(const Model *m, const Weights *dw, State *s, Gradients *g, const int *tokens,
+                     const int *targets, size_t B, size_t n, double scale, double share) {
     const Config *c = &m->config;
     const size_t d = c->hidden_size, T = B * n;
     Loss loss = { 0, 0 };
@@ -927,7 +1046,8 @@ static Loss backward(const Model *m, const Weights *dw, State *s, Gradients *g, 
     return loss;
 }
 
-// The norm of all gradients. Partial sums over fixed pieces make it independent of the number of threads.
+// The norm of all n gradients. Partial sums over fixed pieces make it independent of the number of
+// threads.
 static double gradient_norm(const real *grad, size_t n) {
     enum { PIECE = 1 << 14, PIECES = 256 };
     double total = 0;
@@ -949,26 +1069,32 @@ static double gradient_norm(const real *grad, size_t n) {
     return sqrt(total);
 }
 
-// ---- [8] AdamW -------------------------------------------------------------------------------
+// ---- [8] AdamW ----------------------------------------------------------------------------------
 
-// The learning rate of a step, from 0.
+// The learning rate of a step, counted from 0: warm-up reaches the full one in its last step.
 static double learning_rate(const Recipe *r, int64_t step) {
-    const double warmup = r->warmup_steps >= 0 ? (double)r->warmup_steps : ceil(r->warmup_ratio * (double)r->max_steps);
+    const double warmup = r->warmup_steps >= 0 ? (double)r->warmup_steps
+                                               : ceil(r->warmup_ratio * (double)r->max_steps);
     if ((double)step < warmup) return r->learning_rate * ((double)step + 1) / warmup;
     if (r->lr_scheduler == 0) return r->learning_rate;
     const double left = (double)r->max_steps - warmup;
-    return r->learning_rate * 0.5 * (1 + cos(3.14159265358979324 * ((double)step - warmup) / (left > 0 ? left : 1)));
+    return r->learning_rate * 0.5 *
+           (1 + cos(3.14159265358979324 * ((double)step - warmup) / (left > 0 ? left : 1)));
 }
 
-// One step of AdamW (arXiv 1711.05101) on all n numbers, moments m and v, gradient times `clip`; step from 0:
+// One step of AdamW (arXiv 1711.05101) on all n numbers, moments m and v, gradient g times `clip`;
+// step counts from 0:
 //     m = b1 m + (1 - b1) g     v = b2 v + (1 - b2) g^2
 //     w = w - lr weight_decay w - lr m / (1 - b1^(step+1)) / (sqrt(v / (1 - b2^(step+1))) + eps)
-static void adamw(real *w, real *m, real *v, const real *g, size_t n, const Recipe *r, int64_t step, double clip) {
-    const double correction1 = 1 - pow(r->adam_beta1, (double)step + 1), correction2 = 1 - pow(r->adam_beta2, (double)step + 1);
+static void adamw(real *w, real *m, real *v, const real *g, size_t n, const Recipe *r, int64_t step,
+                  double clip) {
+    const double correction1 = 1 - pow(r->adam_beta1, (double)step + 1);
+    const double correction2 = 1 - pow(r->adam_beta2, (double)step + 1);
     const double rate = learning_rate(r, step);
-    const real b1 = (real)r->adam_beta1, b2 = (real)r->adam_beta2, c1 = (real)(1 - r->adam_beta1), c2 = (real)(1 - r->adam_beta2),
-        keep = (real)(1 - rate * r->weight_decay), size = (real)(rate / correction1), root = (real)(1 / sqrt(correction2)),
-        eps = (real)r->adam_epsilon, scale = (real)clip;
+    const real b1 = (real)r->adam_beta1, c1 = (real)(1 - r->adam_beta1),
+        b2 = (real)r->adam_beta2, c2 = (real)(1 - r->adam_beta2),
+        keep = (real)(1 - rate * r->weight_decay), size = (real)(rate / correction1),
+        root = (real)(1 / sqrt(correction2)), eps = (real)r->adam_epsilon, scale = (real)clip;
     enum { PIECE = 1 << 14 };
     #pragma omp parallel for
     for (size_t from = 0; from < n; from += PIECE)
@@ -980,9 +1106,10 @@ static void adamw(real *w, real *m, real *v, const real *g, size_t n, const Reci
         }
 }
 
-// ---- [9] checkpoints -------------------------------------------------------------------------
-// A checkpoint is a model file (coe.c [5]) with a training state behind the weights: 1024 bytes that say how
-// it is trained and how far it is, then AdamW's moments m and v, laid out like the weights.
+// ---- [9] checkpoints ----------------------------------------------------------------------------
+// A checkpoint is a model file (coe.c [5]) with a training state behind the weights: 1024 bytes
+// that say how the model is trained and how far it is, then AdamW's moments m and v, laid out like
+// the weights.
 
 typedef struct {
     Model model;
@@ -1008,7 +1135,8 @@ typedef struct {
 } TrainingState;
 _Static_assert(sizeof(TrainingState) == 1024, "the training state starts with 1024 bytes");
 
-// Writes all of `bytes`, or ends the program: a full disk shows here, or in the flush and sync after it.
+// Writes all of `bytes`, or removes the file and ends the program: a full disk shows here, or in
+// the flush and sync after it.
 static void write_exactly(const void *from, size_t bytes, FILE *file, const char *path) {
     if (fwrite(from, 1, bytes, file) != bytes) {
         remove(path);
@@ -1026,8 +1154,9 @@ static void write_floats(const real *from, size_t n, FILE *file, const char *pat
     }
 }
 
-// Makes what was written under `temporary` the file `path`, on the disk and not only in its cache. Until the rename the old
-// file is there, afterwards the new one: whenever the power fails, one of them is whole.
+// Makes what was written under `temporary` the file `path`, on the disk and not only in its cache.
+// Until the rename the old file is there, afterwards the new one: whenever the power fails, one of
+// them is whole.
 static void publish(FILE *file, const char *temporary, const char *path) {
     int bad = fflush(file);
 #ifndef _WIN32
@@ -1048,17 +1177,23 @@ static void publish(FILE *file, const char *temporary, const char *path) {
     char *slash = strrchr(folder, '/');
     if (slash) slash[slash == folder] = 0; else strcpy(folder, ".");
     int directory = open(folder, O_RDONLY);
-    if (directory >= 0) { fsync(directory); close(directory); }     // some file systems refuse, and need not
+    if (directory >= 0) {           // some file systems refuse, and need not
+        fsync(directory);
+        close(directory);
+    }
 #endif
 }
 
+// Opens `path`.tmp for writing, its name in temporary[size]; publish() makes it `path`.
 static FILE *open_temporary(char *temporary, size_t size, const char *path) {
-    if ((size_t)snprintf(temporary, size, "%s.tmp", path) >= size) fail(FAILED, "%s: name too long", path);
+    if ((size_t)snprintf(temporary, size, "%s.tmp", path) >= size)
+        fail(FAILED, "%s: name too long", path);
     FILE *file = fopen(temporary, "wb");
     if (!file) fail(FAILED, "%s: cannot be written: %s", path, strerror(errno));
     return file;
 }
 
+// Writes --output: the model, how it is trained, the step, and AdamW's moments.
 static void save_checkpoint(Run *run) {
     const Model *m = &run->model;
     const char *path = run->job.output;
@@ -1094,8 +1229,8 @@ static void read_floats(real *to, size_t n, FILE *file, const char *path) {
     }
 }
 
-// Ends the program if the user gave a value for key k that is not the one in `have`; with `adopt`, otherwise
-// takes that one over. `where` names the file that it comes from.
+// Takes the value of key k over from the struct `have`, which came from the file `where`, or ends
+// the program if the user gave another one.
 static void must_agree(const Options *table, const Key *k, const void *have, const char *where) {
     char *mine = (char *)table->base + k->offset;
     const char *theirs = (const char *)have + k->offset;
@@ -1107,25 +1242,30 @@ static void must_agree(const Options *table, const Key *k, const void *have, con
     memcpy(mine, theirs, 8);
 }
 
-// ---- [10] measuring --------------------------------------------------------------------------
+// ---- [10] measuring -----------------------------------------------------------------------------
 
-// The mean cross entropy over all validation windows, in file order. A stream shorter than a window is one of its own.
+// The mean cross entropy over all validation windows, in file order. A stream shorter than a window
+// is one of its own; NAN where there is nothing to predict.
 static double validate(Run *run) {
+    const Model *m = &run->model;
+    State *s = &run->state;
     const Stream *val = &run->data.val;
-    const size_t L = (size_t)run->recipe.max_length, n = windows(val, L), step = run->state.rows / L;
+    const size_t L = (size_t)run->recipe.max_length, n = windows(val, L), step = s->rows / L;
     double total = 0;
     if (val->n < 2) return NAN;
     if (n == 0) {
-        forward(&run->model, &run->state, val->tokens, 1, val->n - 1, 0);
-        return loss_of(&run->model, NULL, &run->state, &run->g, val->tokens + 1, val->n - 1, 1.0 / (double)(val->n - 1));
+        forward(m, s, val->tokens, 1, val->n - 1, 0);
+        return loss_of(m, NULL, s, &run->g, val->tokens + 1, val->n - 1,
+                       1.0 / (double)(val->n - 1));
     }
-    int *inputs = allocate(step * L * sizeof(int), "validation windows"), *targets = allocate(step * L * sizeof(int), "validation windows");
+    int *inputs = allocate(step * L * sizeof(int), "validation windows");
+    int *targets = allocate(step * L * sizeof(int), "validation windows");
     for (size_t i = 0; i < n; i += step) {
         const size_t B = n - i < step ? n - i : step;
         memcpy(inputs, val->tokens + i * L, B * L * sizeof(int));
         memcpy(targets, val->tokens + i * L + 1, B * L * sizeof(int));
-        forward(&run->model, &run->state, inputs, B, L, 0);
-        total += loss_of(&run->model, NULL, &run->state, &run->g, targets, B * L, 1);
+        forward(m, s, inputs, B, L, 0);
+        total += loss_of(m, NULL, s, &run->g, targets, B * L, 1);
     }
     release(inputs);
     release(targets);
@@ -1134,8 +1274,10 @@ static double validate(Run *run) {
 
 enum { ANSWER_TOKENS = 96 };        // the longest answer has about 60
 
-// Continues a prompt of n tokens by at most `most` tokens; text gets their bytes. s has room for all of it.
-static void complete(const Model *m, State *s, Sampler *sampler, const int *prompt, size_t n, size_t most, char *text) {
+// Continues a prompt of n tokens by at most `most` tokens, or up to EOS; text gets their bytes and
+// a final NUL. s has room for all of it.
+static void complete(const Model *m, State *s, Sampler *sampler, const int *prompt, size_t n,
+                     size_t most, char *text) {
     const size_t V = m->config.vocab_size;
     real *logits = allocate(V * sizeof(real), "logits");
     Candidate *candidate = allocate(V * sizeof(Candidate), "candidates");
@@ -1153,14 +1295,16 @@ static void complete(const Model *m, State *s, Sampler *sampler, const int *prom
     release(candidate);
 }
 
-// Held-out problem i: EOS (what precedes a document) and the question, without the newline that a user may not type.
+// Held-out problem i: its text, and as tokens EOS (what precedes a document) and the question, but
+// without its newline, which a user may not type. Returns the number of tokens.
 static size_t question_tokens(int *tokens, char *problem, const Run *run, size_t i) {
     task_problem(problem, 0, i, (int)run->recipe.level, 1);
     tokens[0] = run->data.eos;
     return 1 + encode(tokens + 1, problem, (size_t)task_prompt_length(problem) - 1, 0);
 }
 
-// The share of the first `problems` held-out problems whose final number greedy decoding gets right. A thread takes a problem.
+// The share of the first `problems` held-out problems whose final number greedy decoding gets
+// right. A thread takes a problem at a time, with a cache of its own.
 static double solve(const Run *run, size_t problems) {
     size_t right = 0;
     #pragma omp parallel reduction(+:right)
@@ -1183,13 +1327,16 @@ static double solve(const Run *run, size_t problems) {
 // Shows what the model makes of a held-out question, or of an empty page, on stderr.
 static void show_sample(const Run *run) {
     const Config *c = &run->model.config;
+    const int built_in = run->data.built_in;
     if (run->model.tokenizer == NO_TOKENIZER || c->eos_token_id < 0) return;
     State s = state_new(c, TASK_MAX, TASK_MAX + ANSWER_TOKENS * 2, 0);
     char problem[TASK_MAX] = "", text[ANSWER_TOKENS * 8 + 1];
     int tokens[TASK_MAX + 1] = { (int)c->eos_token_id };
-    Sampler sampler = { .temperature = run->data.built_in ? 0 : 0.8, .top_k = 40, .top_p = 0.95, .rng = (uint64_t)run->step };
-    size_t n = run->data.built_in ? question_tokens(tokens, problem, run, (size_t)run->step % TASK_VALIDATION) : 1;
-    complete(&run->model, &s, &sampler, tokens, n, ANSWER_TOKENS * (run->data.built_in ? 1 : 2), text);
+    Sampler sampler = { .temperature = built_in ? 0 : 0.8, .top_k = 40, .top_p = 0.95,
+                        .rng = (uint64_t)run->step };
+    size_t n = 1;
+    if (built_in) n = question_tokens(tokens, problem, run, (size_t)run->step % TASK_VALIDATION);
+    complete(&run->model, &s, &sampler, tokens, n, ANSWER_TOKENS * (built_in ? 1 : 2), text);
     problem[strcspn(problem, "\n")] = 0;
     Utf8 out = { .to = stderr };
     fprintf(stderr, "--- step %lld ---\n%s", (long long)run->step, problem);
@@ -1199,7 +1346,7 @@ static void show_sample(const Run *run) {
     state_free(&s);
 }
 
-// ---- [11] the training run -------------------------------------------------------------------
+// ---- [11] the training run ----------------------------------------------------------------------
 
 static volatile sig_atomic_t interrupted;
 
@@ -1210,12 +1357,15 @@ static void on_interrupt(int signal_number) {
     interrupted = 1;
 }
 
-// Whether something done every `period` steps is due after step s (from 0) of `last` + 1.
-static int due(int64_t period, int64_t s, int64_t last) { return s == last || (period && (s + 1) % period == 0); }
+// Whether something done every `period` steps is due after step s (from 0), or that is the last.
+static int due(int64_t period, int64_t s, int64_t last) {
+    return s == last || (period && (s + 1) % period == 0);
+}
 
 // The log, ready for the line of step `step`: a resumed run keeps the lines before that.
 static FILE *open_log(const char *path, int64_t step) {
-    static const char header[] = "step\tloss\taux_loss\tgrad_norm\tlr\ttokens_per_s\tval_loss\tsolved\n";
+    static const char header[] =
+        "step\tloss\taux_loss\tgrad_norm\tlr\ttokens_per_s\tval_loss\tsolved\n";
     char temporary[4096];
     size_t bytes = 0, keep = 0;
     char *old = NULL;
@@ -1239,7 +1389,8 @@ static FILE *open_log(const char *path, int64_t step) {
     return file;
 }
 
-// One line of progress on stderr: redrawn on a terminal, and every few seconds elsewhere.
+// One line of progress on stderr: redrawn on a terminal, and every few seconds elsewhere. `last`:
+// in any case, for something else is printed next.
 static void show_progress(const Run *run, double loss, double rate, double tokens_per_s, int last) {
     static double shown;
     static int terminal = -1;
@@ -1253,43 +1404,53 @@ static void show_progress(const Run *run, double loss, double rate, double token
     const double now = seconds();
     if (!last && now - shown < (terminal ? 0.1 : 5)) return;
     shown = now;
-    const double left = (double)(run->recipe.max_steps - run->step) * (double)(run->recipe.batch_size * run->recipe.max_length) / tokens_per_s;
-    fprintf(stderr, "%sstep %lld/%lld  loss %.4f  lr %.2e  %.0f tok/s  %.0f s left%s", terminal ? "\r" : "", (long long)run->step,
-            (long long)run->recipe.max_steps, loss, rate, tokens_per_s, left, terminal && !last ? "  " : "\n");
+    const double tokens = (double)(run->recipe.batch_size * run->recipe.max_length);
+    const double left = (double)(run->recipe.max_steps - run->step) * tokens / tokens_per_s;
+    fprintf(stderr, "%sstep %lld/%lld  loss %.4f  lr %.2e  %.0f tok/s  %.0f s left%s",
+            terminal ? "\r" : "", (long long)run->step, (long long)run->recipe.max_steps,
+            loss, rate, tokens_per_s, left, terminal && !last ? "  " : "\n");
 }
 
-// One step: gradients of the batch in micro-batches, clipping, AdamW. Returns the losses; *norm before clipping.
+// One step: gradients of the batch in micro-batches, clipping, AdamW. Returns the losses; *norm is
+// the gradient's before clipping. Ends the program where one of them is not finite.
 static Loss train_step(Run *run, double *norm) {
     const Recipe *r = &run->recipe;
-    const size_t B = (size_t)r->batch_size, L = (size_t)r->max_length, at_once = run->state.rows / L, size = run->model.w.size;
+    const size_t B = (size_t)r->batch_size, L = (size_t)r->max_length,
+        at_once = run->state.rows / L, size = run->model.w.size;
     Loss loss = { 0, 0 };
     next_batch(&run->data, (uint64_t)run->step, run->inputs, run->targets, run->window);
     memset(run->grad, 0, size * sizeof(real));
     for (size_t b = 0; b < B; b += at_once) {
         const size_t n = B - b < at_once ? B - b : at_once;
-        Loss part = backward(&run->model, &run->dw, &run->state, &run->g, run->inputs + b * L, run->targets + b * L, n, L,
+        Loss part = backward(&run->model, &run->dw, &run->state, &run->g, run->inputs + b * L,
+                             run->targets + b * L, n, L,
                              1.0 / (double)(B * L), (double)n / (double)B);
         loss.loss += part.loss;
         loss.aux += part.aux;
     }
     *norm = gradient_norm(run->grad, size);
     if (!isfinite(loss.loss) || !isfinite(*norm))
-        fail(FAILED, "step %lld: the loss is %g and the gradient's norm %g, must be finite; %s%s", (long long)run->step, loss.loss, *norm,
-             run->saved ? "the last good checkpoint is " : "nothing was saved yet", run->saved ? run->job.output : "");
-    const double clip = r->max_grad_norm > 0 && *norm > r->max_grad_norm ? r->max_grad_norm / (*norm + 1e-6) : 1;
+        fail(FAILED, "step %lld: the loss is %g and the gradient's norm %g, must be finite; %s%s",
+             (long long)run->step, loss.loss, *norm,
+             run->saved ? "the last good checkpoint is " : "nothing was saved yet",
+             run->saved ? run->job.output : "");
+    const int too_long = r->max_grad_norm > 0 && *norm > r->max_grad_norm;
+    const double clip = too_long ? r->max_grad_norm / (*norm + 1e-6) : 1;
     adamw(run->model.weights, run->m, run->v, run->grad, size, r, run->step, clip);
     run->step++;
     return loss;
 }
 
-// Validates, and on the built-in task solves problems: all of them at the end, a quarter on the way.
+// Validates, and on the built-in task solves problems: all of them at the end, a quarter on the
+// way. The results go to run->val_loss, run->solved and stderr.
 static void measure(Run *run, int last) {
     size_t problems = (size_t)run->job.eval_problems;
     if (!last) problems = (problems + 3) / 4;
     run->val_loss = validate(run);
     run->solved = run->data.built_in && problems ? solve(run, problems) : NAN;
     fprintf(stderr, "step %lld: val_loss %.4f", (long long)run->step, run->val_loss);
-    if (!isnan(run->solved)) fprintf(stderr, ", solved %.1f %% of %zu held-out problems", 100 * run->solved, problems);
+    if (!isnan(run->solved))
+        fprintf(stderr, ", solved %.1f %% of %zu held-out problems", 100 * run->solved, problems);
     fputc('\n', stderr);
 }
 
@@ -1299,7 +1460,8 @@ static void log_number(FILE *log, double x) {
     fprintf(log, "\t%s", isnan(x) ? "" : decimal(text, x));
 }
 
-// Trains from run->step to max_steps. Returns the exit code.
+// Trains from run->step to max_steps, with reports and checkpoints on the way. Returns the exit
+// code.
 static int train(Run *run) {
     const Recipe *r = &run->recipe;
     const Job *job = &run->job;
@@ -1317,8 +1479,11 @@ static int train(Run *run) {
         if (due(job->sample_steps, s, job->sample_steps ? last : -1)) show_sample(run);
         if (log) {
             fprintf(log, "%lld", (long long)s);
-            const double columns[] = { loss.loss, loss.aux, norm, rate, tokens_per_s, measured ? run->val_loss : NAN, measured ? run->solved : NAN };
-            for (size_t i = 0; i < sizeof columns / sizeof *columns; i++) log_number(log, columns[i]);
+            const double columns[] = { loss.loss, loss.aux, norm, rate, tokens_per_s,
+                                       measured ? run->val_loss : NAN,
+                                       measured ? run->solved : NAN };
+            for (size_t i = 0; i < sizeof columns / sizeof *columns; i++)
+                log_number(log, columns[i]);
             fputc('\n', log);
             if (fflush(log)) fail(FAILED, "%s: cannot be written: %s", job->log, strerror(errno));
         }
@@ -1326,7 +1491,8 @@ static int train(Run *run) {
     }
     if (log) fclose(log);
     if (run->step < r->max_steps) {
-        fprintf(stderr, "train: interrupted after step %lld; ./train --resume %s goes on\n", (long long)run->step, job->output);
+        fprintf(stderr, "train: interrupted after step %lld; ./train --resume %s goes on\n",
+                (long long)run->step, job->output);
         return 130;
     }
     if (finished) measure(run, 1);
@@ -1336,19 +1502,22 @@ static int train(Run *run) {
     return fflush(stdout) || ferror(stdout) ? FAILED : 0;
 }
 
-// What a fresh model's config becomes by --tokenizer, and by a vocabulary too small for bytes.
+// Settles the tokenizer of a fresh model, and with it what the user left open of its config:
+// --tokenizer brings vocabulary and special tokens, and a vocabulary too small for bytes has none.
 static void choose_tokenizer(Run *run, const Options *tables) {
     Config *c = &run->model.config;
     const unsigned char *given = tables[CONFIG_TABLE].given;
     const Key *keys = config_keys;
     if (*run->job.tokenizer) {
         Model from = model_open(run->job.tokenizer, 0, NULL, NULL);
-        if (from.tokenizer == NO_TOKENIZER) fail(FAILED, "%s: has no tokenizer", run->job.tokenizer);
+        if (from.tokenizer == NO_TOKENIZER)
+            fail(FAILED, "%s: has no tokenizer", run->job.tokenizer);
         run->model.tokenizer = from.tokenizer;
         run->model.files = from.files;
         run->model.files_bytes = from.files_bytes;
         for (int i = 0; i < CONFIG_KEYS; i++)
-            if (!given[i] && (!strcmp(keys[i].name, "vocab_size") || strstr(keys[i].name, "s_token")))
+            if (!given[i] &&
+                (!strcmp(keys[i].name, "vocab_size") || strstr(keys[i].name, "s_token")))
                 memcpy((char *)c + keys[i].offset, (char *)&from.config + keys[i].offset, 8);
     } else if (c->vocab_size <= BYTE_EOS) {
         run->model.tokenizer = NO_TOKENIZER;
@@ -1359,7 +1528,8 @@ static void choose_tokenizer(Run *run, const Options *tables) {
     }
 }
 
-// A checkpoint's model, recipe, step and moments. What the user said otherwise must agree, except how far to go.
+// Takes a checkpoint's model, recipe, step and moments. What the user said otherwise must agree,
+// except how far to go. Returns its training state, for the data to be compared.
 static TrainingState resume(Run *run, const Options *tables) {
     const char *path = run->job.resume;
     FILE *file;
@@ -1372,7 +1542,8 @@ static TrainingState resume(Run *run, const Options *tables) {
     Config mine = run->model.config;
     Options config_table = tables[CONFIG_TABLE];
     config_table.base = &mine;
-    for (int i = 0; i < CONFIG_KEYS; i++) must_agree(&config_table, &config_keys[i], &m.config, path);
+    for (int i = 0; i < CONFIG_KEYS; i++)
+        must_agree(&config_table, &config_keys[i], &m.config, path);
     for (int i = 0; i < RECIPE_KEYS; i++) {
         const Key *k = &recipe_keys[i];
         if (!strcmp(k->name, "max_steps") && tables[RECIPE_TABLE].given[i]) continue;
@@ -1391,8 +1562,10 @@ static TrainingState resume(Run *run, const Options *tables) {
 
 // Takes the model of --init. Options may change what does not change the meaning of its weights.
 static void init_from(Run *run, const Options *tables) {
-    static const char *const free_keys[] = { "aux_loss_alpha", "seq_aux", "max_position_embeddings", "initializer_range",
-        "temperature", "top_k", "top_p", "min_p", "repetition_penalty", "torch_dtype", "add_bos_token" };
+    static const char *const free_keys[] = {
+        "aux_loss_alpha", "seq_aux", "max_position_embeddings", "initializer_range", "temperature",
+        "top_k", "top_p", "min_p", "repetition_penalty", "torch_dtype", "add_bos_token",
+    };
     Model m = model_open(run->job.init, 1, NULL, NULL);
     Config mine = run->model.config;
     Options table = tables[CONFIG_TABLE];
@@ -1400,15 +1573,17 @@ static void init_from(Run *run, const Options *tables) {
     for (int i = 0; i < CONFIG_KEYS; i++) {
         const Key *k = &config_keys[i];
         int is_free = 0;
-        for (size_t j = 0; j < sizeof free_keys / sizeof *free_keys; j++) is_free |= !strcmp(k->name, free_keys[j]);
-        if (is_free && table.given[i]) memcpy((char *)&m.config + k->offset, (char *)&mine + k->offset, 8);
+        for (size_t j = 0; j < sizeof free_keys / sizeof *free_keys; j++)
+            is_free |= !strcmp(k->name, free_keys[j]);
+        if (is_free && table.given[i])
+            memcpy((char *)&m.config + k->offset, (char *)&mine + k->offset, 8);
         else must_agree(&table, k, &m.config, run->job.init);
     }
-    config_check(&m.config, "train", WRONG_USAGE);
+    config_check(&m.config, "options", WRONG_USAGE);
     run->model = m;
 }
 
-// Opens the training and validation data.
+// Opens the training and validation data. Fails where they do not make a single batch.
 static void open_data(Run *run) {
     const Model *m = &run->model;
     Data *data = &run->data;
@@ -1417,68 +1592,99 @@ static void open_data(Run *run) {
     data->eos = (int)m->config.eos_token_id;
     data->built_in = !*run->job.data;
     if (data->built_in && (m->tokenizer == NO_TOKENIZER || data->eos < 0))
-        fail(FAILED, "the built-in task is text, but the model has no tokenizer: give token files with --data");
+        fail(FAILED, "the built-in task is text, but the model has no tokenizer: "
+             "give token files with --data");
     if (data->built_in) data->val = task_validation(&run->recipe, data->eos);
     else data->train = read_stream(m, run->job.data);
     if (*run->job.val) data->val = read_stream(m, run->job.val);
-    else if (!data->built_in) data->val = split_stream(&data->train, data->eos, (int)run->recipe.sequential);
+    else if (!data->built_in)
+        data->val = split_stream(&data->train, data->eos, (int)run->recipe.sequential);
     if (!data->built_in && windows(&data->train, L) < B)
-        fail(FAILED, "%s: %zu tokens make %zu windows of %zu, a batch needs %zu: make --batch_size or --max_length smaller",
+        fail(FAILED, "%s: %zu tokens make %zu windows of %zu, a batch needs %zu: "
+             "make --batch_size or --max_length smaller",
              run->job.data, data->train.n, windows(&data->train, L), L, B);
 }
 
-// Prints n documents of a stream, each followed by a line <|endoftext|>.
+// Prints n documents of a stream, or that many problems of the built-in task, each followed by a
+// line <|endoftext|>.
 static void show_documents(const Run *run, const Stream *s, int64_t n, int held_out) {
+    const Recipe *r = &run->recipe;
     char text[TASK_MAX];
     for (int64_t i = 0; run->data.built_in && i < n; i++) {
-        task_problem(text, (uint64_t)run->recipe.seed, (uint64_t)i, (int)run->recipe.level, held_out);
+        task_problem(text, (uint64_t)r->seed, (uint64_t)i, (int)r->level, held_out);
         printf("%s%s\n", text, EOS_TEXT);
     }
     for (size_t i = 0, line = 1; i < s->n && n > 0 && !run->data.built_in; i++) {
         const int id = s->tokens[i];
-        if (id == run->data.eos) { printf("%s%s\n", line ? "" : "\n", EOS_TEXT); n--; line = 1; continue; }
+        if (id == run->data.eos) {
+            printf("%s%s\n", line ? "" : "\n", EOS_TEXT);
+            n--;
+            line = 1;
+            continue;
+        }
         if (run->model.tokenizer == NO_TOKENIZER) printf("%d ", id);
         else fwrite(text, 1, decode(text, id), stdout);
         line = run->model.tokenizer != NO_TOKENIZER && text[0] == '\n';
     }
 }
 
-// Reads options and files until everything about the run is settled; prints what it will take.
-static void prepare(Run *run, const Options *tables) {
+// A model with new weights, as the options describe it; its context is at least a window long.
+static void fresh_model(Run *run, const Options *tables) {
     Model *m = &run->model;
+    Config *c = &m->config;
+    const unsigned char *given = tables[CONFIG_TABLE].given;
+    const int context_given = given[offsetof(Config, max_position_embeddings) / 8];
+    if (!context_given && c->max_position_embeddings < run->recipe.max_length)
+        c->max_position_embeddings = run->recipe.max_length;
+    choose_tokenizer(run, tables);
+    config_check(c, "options", WRONG_USAGE);
+    m->w = weights_layout(c, 0);
+    m->weights = allocate(product(m->w.size, sizeof(real)), "the weights");
+    weights_bind(&m->w, m->weights);
+    weights_init(m, (uint64_t)run->recipe.seed);
+}
+
+// Ends the program unless the data is what the checkpoint of --resume was trained on.
+static void check_resumed_data(const Run *run, const TrainingState *resumed) {
+    const Job *job = &run->job;
+    const Stream *data = &run->data.train;
+    const int built_in = run->data.built_in;
+    if (!built_in != (resumed->data_tokens != 0))
+        fail(FAILED, "%s was trained on %s: %s --data", job->resume,
+             built_in ? "a file" : "the built-in task", built_in ? "give it with" : "leave out");
+    if (!built_in && (resumed->data_tokens != data->n ||
+                      resumed->data_fingerprint != fingerprint(data)))
+        fail(FAILED, "%s: is not the data that %s was trained on (%zu tokens, there %llu)",
+             job->data, job->resume, data->n, (unsigned long long)resumed->data_tokens);
+}
+
+// Reads options and files until everything about the run is settled: recipe, model and data.
+static void prepare(Run *run, const Options *tables) {
     const Job *job = &run->job;
     TrainingState resumed = { 0 };
-    if (*job->init && *job->resume) fail(WRONG_USAGE, "--init and --resume: only one of them can be given");
+    if (*job->init && *job->resume)
+        fail(WRONG_USAGE, "--init and --resume: only one of them can be given");
     apply_preset(tables, *job->init ? paper_recipe : presets[job->model]);
     if (job->model == 2 && !*job->init) apply_preset(tables, paper_recipe);
     if (*job->resume) resumed = resume(run, tables);
     else if (*job->init) init_from(run, tables);
-    else {
-        if (!tables[CONFIG_TABLE].given[offsetof(Config, max_position_embeddings) / 8] && m->config.max_position_embeddings < run->recipe.max_length)
-            m->config.max_position_embeddings = run->recipe.max_length;
-        choose_tokenizer(run, tables);
-        config_check(&m->config, "train", WRONG_USAGE);
-        m->w = weights_layout(&m->config, 0);
-        m->weights = allocate(product(m->w.size, sizeof(real)), "the weights");
-        weights_bind(&m->w, m->weights);
-        weights_init(m, (uint64_t)run->recipe.seed);
-    }
-    if (run->recipe.max_length > m->config.max_position_embeddings)
-        fail(WRONG_USAGE, "--max_length is %lld, must be 2..%lld (max_position_embeddings)", (long long)run->recipe.max_length, (long long)m->config.max_position_embeddings);
+    else fresh_model(run, tables);
+    const int64_t longest = run->model.config.max_position_embeddings;
+    if (run->recipe.max_length > longest)
+        fail(WRONG_USAGE, "--max_length is %lld, must be 2..%lld (max_position_embeddings)",
+             (long long)run->recipe.max_length, (long long)longest);
     open_data(run);
-    if (*job->resume && !run->data.built_in != (resumed.data_tokens != 0))
-        fail(FAILED, "%s was trained on %s: %s --data", job->resume, run->data.built_in ? "a file" : "the built-in task", run->data.built_in ? "give it with" : "leave out");
-    if (*job->resume && !run->data.built_in && (resumed.data_tokens != run->data.train.n || resumed.data_fingerprint != fingerprint(&run->data.train)))
-        fail(FAILED, "%s: is not the data that %s was trained on (%zu tokens, there %llu)", job->data, job->resume,
-             run->data.train.n, (unsigned long long)resumed.data_tokens);
+    if (*job->resume) check_resumed_data(run, &resumed);
 }
 
-// Memory for gradients, moments and activations, and the place in the data that belongs to run->step.
+// Memory for gradients, moments and activations, and the place in the data that belongs to
+// run->step.
 static void make_room(Run *run) {
     const Model *m = &run->model;
     Recipe *r = &run->recipe;
     const size_t B = (size_t)r->batch_size, L = (size_t)r->max_length;
-    const size_t at_once = r->micro_batch_size && r->micro_batch_size < r->batch_size ? (size_t)r->micro_batch_size : B;
+    const int in_parts = r->micro_batch_size && r->micro_batch_size < r->batch_size;
+    const size_t at_once = in_parts ? (size_t)r->micro_batch_size : B;
     run->dw = weights_layout(&m->config, m->coe_weights);
     run->grad = allocate(product(m->w.size, sizeof(real)), "the gradients");
     weights_bind(&run->dw, run->grad);
@@ -1489,11 +1695,16 @@ static void make_room(Run *run) {
     run->inputs = allocate(product(B * L, sizeof(int)), "a batch");
     run->targets = allocate(product(B * L, sizeof(int)), "a batch");
     run->window = allocate((L + 1) * sizeof(int), "a window");
-    fprintf(stderr, "memory: weights %.1f MB, gradients %.1f MB, moments %.1f MB, activations %.1f MB\n", 4e-6 * (double)m->w.size,
-            4e-6 * (double)m->w.size, 8e-6 * (double)m->w.size, 1e-6 * (double)(run->state.memory_bytes + run->g.memory_bytes));
-    for (int64_t i = 0; run->data.built_in && i < run->step * r->batch_size; i++) next_made_window(&run->data, run->window);
+    const double numbers = (double)m->w.size;
+    const double activations = (double)(run->state.memory_bytes + run->g.memory_bytes);
+    fprintf(stderr, "memory: weights %.1f MB, gradients %.1f MB, moments %.1f MB, "
+            "activations %.1f MB\n",
+            4e-6 * numbers, 4e-6 * numbers, 8e-6 * numbers, 1e-6 * activations);
+    for (int64_t i = 0; run->data.built_in && i < run->step * r->batch_size; i++)
+        next_made_window(&run->data, run->window);
 }
 
+// Options, then either a list (--help), documents to look at, or training.
 int main(int argc, char **argv) {
     static Run run = { .val_loss = NAN, .solved = NAN };
     static unsigned char given[TABLES][CONFIG_KEYS];
@@ -1507,7 +1718,10 @@ int main(int argc, char **argv) {
     parse_options(tables, TABLES, argc, argv, 1);
     if (run.job.version) { puts("train (coe.c) " COE_VERSION); return 0; }
     if (run.job.help) {
-        puts("usage: ./train [options]\nTrains a Chain-of-Experts; without options a small one on built-in word problems.\n\nfiles and reports:");
+        puts("usage: ./train [options]\n"
+             "Trains a Chain-of-Experts; without options a small one on built-in word problems.\n"
+             "\n"
+             "files and reports:");
         print_options(&tables[JOB_TABLE]);
         puts("\nthe recipe:");
         print_options(&tables[RECIPE_TABLE]);
@@ -1516,7 +1730,8 @@ int main(int argc, char **argv) {
         return 0;
     }
     set_threads(run.job.threads);
-    if (*run.job.resume && !given[JOB_TABLE][offsetof(Job, output) / 8]) run.job.output = run.job.resume;
+    if (*run.job.resume && !given[JOB_TABLE][offsetof(Job, output) / 8])
+        run.job.output = run.job.resume;
     prepare(&run, tables);
     if (run.job.show_data || run.job.show_val) {
         show_documents(&run, &run.data.train, run.job.show_data, 0);

@@ -1,0 +1,525 @@
+// Tests of the model as a whole: what must not depend on how the work is cut up.
+//
+//     cc -O3 -march=native -fopenmp -o build/test_model tests/test_model.c -lm && build/test_model
+//     cc -O3 -march=native -fopenmp -DREAL=double -o build/test_model_double tests/test_model.c -lm && ...
+//
+// In float: the same bytes with any number of threads. In double: T tokens at once, one by one and in pieces; a
+// batch, its sequences alone and micro-batches. Those agree only to rounding, which in float can tip the choice of an
+// expert and hide a small mistake; in double neither happens. In both: the chain of experts, AdamW and the learning rate
+// against plain loops. Every random model has another combination of what a config can ask for.
+#define main train_main
+#include "../train.c"
+#undef main
+#include <float.h>
+
+#ifdef REAL_IS_FLOAT
+static const double EPS = FLT_EPSILON;
+#else
+static const double EPS = DBL_EPSILON;
+#endif
+
+static int passed, failed;
+static uint64_t rng = 1;
+static int64_t pick(int64_t least, int64_t most) { return least + (int64_t)(rng_next(&rng) % (uint64_t)(most - least + 1)); }
+
+// Counts a test; what fails is printed.
+static void check(int ok, const char *format, ...) {
+    if (ok) { passed++; return; }
+    va_list args;
+    va_start(args, format);
+    printf("FAILED: ");
+    vprintf(format, args);
+    printf("\n");
+    va_end(args);
+    failed++;
+}
+
+// ---- random models --------------------------------------------------------------------------------------
+
+enum { KINDS = 36 };        // models with numbers below this have every feature, and most pairs of two
+
+// Features go by the number of the model, sizes by chance; `wide` is large enough for the threads to have work.
+static Config random_config(int i, int wide) {
+    Config c;
+    keys_init(config_keys, CONFIG_KEYS, &c);
+    c.vocab_size = wide ? 300 : pick(20, 60);
+    c.hidden_size = wide ? pick(105, 120) : pick(7, 40);
+    c.intermediate_size = pick(5, 40);
+    c.moe_intermediate_size = pick(3, 20);
+    c.num_hidden_layers = 1 + i % 3;
+    c.num_attention_heads = pick(1, 4);
+    c.n_shared_experts = i / 2 % 3;
+    c.n_routed_experts = i % 12 == 11 ? 0 : 6;
+    c.num_experts_per_tok = pick(1, 4);
+    c.kv_lora_rank = pick(3, 21);
+    c.q_lora_rank = i % 2 ? pick(3, 21) : 0;
+    c.qk_nope_head_dim = pick(1, 19);
+    c.qk_rope_head_dim = 2 * pick(1, 5);
+    c.v_head_dim = pick(1, 19);
+    c.inner_iter = 1 + i / 3 % 3;
+    c.inner_residual = i % 4 < 2;
+    c.outer_residual = i % 2;
+    c.use_igate = i % 5 < 3;
+    c.topk_method = i % 3 == 1;
+    c.n_group = 3;
+    c.topk_group = pick((c.num_experts_per_tok + 1) / 2, 3);
+    c.norm_topk_prob = i / 3 % 2;
+    c.routed_scaling_factor = i % 7 ? 1 : 2.5;
+    c.first_k_dense_replace = i % 6 == 5;
+    c.moe_layer_freq = 1 + (i % 9 == 7);
+    c.aux_loss_alpha = 0.2;
+    c.rms_norm_eps = 1e-5;
+    c.rope_scaling_type = i / 2 % 3;
+    c.rope_scaling_factor = c.rope_scaling_type ? 4 : 1;
+    c.rope_scaling_original = 32;
+    c.rope_scaling_mscale_all = i % 4 == 2 ? 0.7 : 0;
+    c.max_position_embeddings = 256;
+    c.attention_bias = i % 3 == 2;
+    c.tie_word_embeddings = i % 4 == 3;
+    c.bos_token_id = c.eos_token_id = -1;
+    config_check(&c, "random_config", FAILED);
+    return c;
+}
+
+// Weights are large enough for every part to matter, and for no choice of an expert to be a draw.
+static Model random_model(int i, int wide) {
+    Model m = { .config = random_config(i, wide) };
+    m.coe_weights = m.config.inner_iter > 1 && i % 4 == 0;
+    m.w = weights_layout(&m.config, m.coe_weights);
+    m.weights = allocate(m.w.size * sizeof(real), "the weights");
+    weights_bind(&m.w, m.weights);
+    for (size_t k = 0; k < m.w.n_tensors; k++) {
+        const Tensor *t = &m.w.tensor[k];
+        const double size = t->rows == 1 || k == 0 ? 0.5 : (t->init == GATE ? 3 : 1.2) / sqrt((double)t->cols);
+        for (size_t j = 0; j < tensor_size(t); j++) t->data[j] = (real)((t->init == ONES) + size * rng_normal(&rng));
+    }
+    return m;
+}
+
+static int *random_tokens(const Model *m, size_t n) {
+    int *tokens = allocate(n * sizeof(int), "tokens");
+    for (size_t t = 0; t < n; t++) tokens[t] = (int)pick(0, m->config.vocab_size - 1);
+    return tokens;
+}
+
+// The largest difference of two arrays, relative to the largest number of the second.
+static double furthest(const real *a, const real *b, size_t n) {
+    double worst = 0, largest = 1e-300;
+    for (size_t i = 0; i < n; i++) {
+        double error = fabs((double)a[i] - (double)b[i]);
+        if (!(error <= worst)) worst = error;
+        largest = fmax(largest, fabs((double)b[i]));
+    }
+    return worst / largest;
+}
+
+// ---- the chain of experts against plain loops -------------------------------------------------------------
+
+enum { MOST = 128 };
+
+// y = w x
+static void multiply(double *y, const real *w, const double *x, size_t rows, size_t cols) {
+    for (size_t i = 0; i < rows; i++) {
+        y[i] = 0;
+        for (size_t k = 0; k < cols; k++) y[i] += (double)w[i * cols + k] * x[k];
+    }
+}
+
+// y += weight * down(silu(gate x) * up x), with copy e of the tensors
+static void add_network(double *y, double weight, const Tensor *gate, const Tensor *up, const Tensor *down, size_t e, const double *x) {
+    double g[MOST], u[MOST], out[MOST];
+    multiply(g, at(gate, e), x, gate->rows, gate->cols);
+    multiply(u, at(up, e), x, up->rows, up->cols);
+    for (size_t i = 0; i < gate->rows; i++) g[i] = g[i] / (1 + exp(-g[i])) * u[i];
+    multiply(out, at(down, e), g, down->rows, down->cols);
+    for (size_t i = 0; i < down->rows; i++) y[i] += weight * out[i];
+}
+
+// Chooses experts for x as MODEL says: order (K) and their weights. Returns how clear the closest decision was,
+// relative to the score.
+static double choose_plainly(size_t *order, double *weight, const Model *m, const real *gate, const double *x) {
+    const Config *c = &m->config;
+    const size_t E = (size_t)c->n_routed_experts, K = (size_t)c->num_experts_per_tok, size = E / (size_t)c->n_group;
+    double s[MOST], total = 0, clear = 1;
+    multiply(s, gate, x, E, (size_t)c->hidden_size);
+    for (size_t e = 0; e < E; e++) total += s[e] = exp(s[e]);
+    for (size_t e = 0; e < E; e++) s[e] /= total;
+    if (c->topk_method == 1) {          // leave the best groups, one after the other
+        double left[MOST] = { 0 };
+        for (int64_t k = 0; k < c->topk_group; k++) {
+            size_t best = 0;
+            for (size_t e = 0; e < E; e++) if (s[e] > s[best]) best = e;
+            for (size_t e = 0; e < E; e++) if (e / size != best / size) clear = fmin(clear, fabs(s[best] - s[e]) / s[best]);
+            for (size_t e = best / size * size; e < (best / size + 1) * size; e++) { left[e] = s[e]; s[e] = 0; }
+        }
+        memcpy(s, left, E * sizeof(double));
+    }
+    total = 0;
+    for (size_t k = 0; k < K; k++) {
+        size_t best = 0;
+        for (size_t e = 0; e < E; e++) if (s[e] > s[best]) best = e;
+        for (size_t e = 0; e < E; e++) if (e != best) clear = fmin(clear, fabs(s[best] - s[e]) / s[best]);
+        if (s[best] < 1e-30) clear = 0;         // float has no smaller ones left to tell apart
+        order[k] = best;
+        total += weight[k] = s[best];
+        s[best] = 0;
+    }
+    for (size_t k = 0; k < K; k++) weight[k] *= c->norm_topk_prob && K > 1 ? 1 / total : c->routed_scaling_factor;
+    return clear;
+}
+
+// out (d) = the chain of layer l on one row of the stream after attention, in double. Returns how clear all choices were;
+// `same` becomes 0 where chain_forward chose other experts for this token.
+static double chain_plainly(const Model *m, const State *state, size_t l, double *out, const real *mid, size_t token, int *same) {
+    const Config *c = &m->config;
+    const Layer *w = &m->w.layer[l];
+    const size_t d = (size_t)c->hidden_size, K = (size_t)c->num_experts_per_tok;
+    double square = 0, clear = 1;
+    for (size_t i = 0; i < d; i++) square += (double)mid[i] * (double)mid[i];
+    for (size_t i = 0; i < d; i++) out[i] = (double)w->post_attention_layernorm.data[i] * (double)mid[i] / sqrt(square / (double)d + c->rms_norm_eps);
+    for (int64_t t = 0; t < (is_moe(c, l) ? c->inner_iter : 1); t++) {
+        double y[MOST] = { 0 }, weight[MOST];
+        size_t order[MOST];
+        if (is_moe(c, l)) {
+            const Iteration *i = &state->layer[l].iteration[t];
+            clear = fmin(clear, choose_plainly(order, weight, m, at(&w->gate, c->use_igate ? (size_t)t : 0), out));
+            for (size_t k = 0; k < K; k++) {
+                add_network(y, weight[k], &w->experts_gate_proj, &w->experts_up_proj, &w->experts_down_proj, order[k], out);
+                *same &= (size_t)i->expert[token * K + k] == order[k];
+            }
+            if (c->n_shared_experts) add_network(y, 1, &w->shared_gate_proj, &w->shared_up_proj, &w->shared_down_proj, 0, out);
+        } else {
+            add_network(y, 1, &w->dense_gate_proj, &w->dense_up_proj, &w->dense_down_proj, 0, out);
+        }
+        for (size_t i = 0; i < d; i++) {
+            if (!m->coe_weights) out[i] = y[i] + (c->inner_residual ? out[i] : 0);
+            else out[i] = t == 0 ? y[i] : out[i] + (double)at(&w->coe_weights, (size_t)t - 1)[i] * y[i];
+        }
+    }
+    for (size_t i = 0; i < d && c->outer_residual; i++) out[i] += (double)mid[i];
+    return clear;
+}
+
+static void test_chain(int i) {
+    enum { T = 25 };
+    Model m = random_model(i, 0);
+    const Config *c = &m.config;
+    const size_t d = (size_t)c->hidden_size;
+    State s = state_new(c, T, T, 1);
+    real out[T * MOST];
+    for (size_t l = 0; l < (size_t)c->num_hidden_layers; l++) {
+        double worst = 0, largest = 0, expected[MOST];
+        int unclear = 0, same_all = 1;
+        for (size_t k = 0; k < T * d; k++) s.layer[l].mid[k] = (real)rng_normal(&rng);
+        chain_forward(&m, &s, l, out, T);
+        for (size_t t = 0; t < T; t++) {
+            int same = 1;
+            if (chain_plainly(&m, &s, l, expected, s.layer[l].mid + t * d, t, &same) < 3000 * EPS) { unclear++; continue; }
+            same_all &= same;
+            for (size_t k = 0; k < d; k++) {
+                worst = fmax(worst, fabs((double)out[t * d + k] - expected[k]));
+                largest = fmax(largest, fabs(expected[k]));
+            }
+        }
+        // Sums of up to 128 numbers of either sign, three iterations one after the other: some hundred roundings of eps.
+        check(same_all && worst < 500 * EPS * largest && unclear < T / 2, "chain of model %d, layer %zu: off by %g, experts %s, %d of %d tokens unclear",
+              i, l, worst / largest, same_all ? "the same" : "DIFFERENT", unclear, T);
+    }
+    state_free(&s);
+    model_free(&m);
+}
+
+// ---- at once, one by one, in pieces ------------------------------------------------------------------------
+
+// Runs n tokens in `pieces` pieces through a state; all logits go to `logits` (n, V), all choices of experts, layer after
+// layer, to `experts` (L C, n, K).
+static void run_pieces(const Model *m, State *s, const int *tokens, size_t n, size_t pieces, real *logits, int *experts) {
+    const Config *c = &m->config;
+    const size_t V = (size_t)c->vocab_size, C = (size_t)c->inner_iter, K = (size_t)c->num_experts_per_tok;
+    for (size_t left = pieces, pos = 0, rows; left > 0; left--, pos += rows) {
+        rows = left == 1 ? n - pos : pieces == n ? 1 : (size_t)pick(1, (int64_t)(n - pos - left + 1));
+        forward(m, s, tokens + pos, 1, rows, pos);
+        logits_forward(m, s, logits + pos * V, 0, rows);
+        for (size_t l = 0; l < (size_t)c->num_hidden_layers; l++)
+            for (size_t t = 0; is_moe(c, l) && t < C; t++)
+                memcpy(experts + ((l * C + t) * n + pos) * K, s->layer[l].iteration[t].expert, rows * K * sizeof(int));
+    }
+}
+
+static void test_pieces(int i) {
+    Model m = random_model(i, 0);
+    const Config *c = &m.config;
+    const size_t n = i % 4 == 3 ? 2 * QUERY_BLOCK + 9 : 17, V = (size_t)c->vocab_size;
+    const size_t choices = (size_t)(c->num_hidden_layers * c->inner_iter * c->num_experts_per_tok) * n;
+    int *tokens = random_tokens(&m, n), *expected = allocate(choices * sizeof(int), "choices"), *experts = allocate(choices * sizeof(int), "choices");
+    real *whole = allocate(n * V * sizeof(real), "logits"), *logits = allocate(n * V * sizeof(real), "logits");
+    State training = state_new(c, n, n, 1);
+    run_pieces(&m, &training, tokens, n, 1, whole, expected);
+    const size_t pieces[] = { 1, 2, 3, n };
+    for (size_t k = 0; k < 4; k++) {
+        State s = state_new(c, n, n + k, 0);            // also with room left over
+        run_pieces(&m, &s, tokens, n, pieces[k], logits, experts);
+        const double off = furthest(logits, whole, n * V);
+        check(off < 1e-10 && !memcmp(experts, expected, choices * sizeof(int)), "model %d, %zu tokens in %zu pieces: logits off by %g", i, n, pieces[k], off);
+        state_free(&s);
+    }
+    state_free(&training);
+    release(tokens); release(expected); release(experts); release(whole); release(logits);
+    model_free(&m);
+}
+
+// ---- batches and micro-batches -----------------------------------------------------------------------------
+
+// Compares gradients tensor by tensor, relative to the tensor's norm, with a floor for tensors whose gradient is rounding.
+static void compare_gradients(const Weights *a, const Weights *b, const char *what, int i, size_t k) {
+    double all = 0, worst = 0;
+    size_t at_worst = 0;
+    char name[128];
+    for (size_t t = 0; t < b->n_tensors; t++)
+        for (size_t j = 0; j < tensor_size(&b->tensor[t]); j++) all += pow((double)b->tensor[t].data[j], 2);
+    for (size_t t = 0; t < b->n_tensors; t++) {
+        double off = 0, norm = 0;
+        for (size_t j = 0; j < tensor_size(&b->tensor[t]); j++) {
+            off += pow((double)a->tensor[t].data[j] - (double)b->tensor[t].data[j], 2);
+            norm += pow((double)b->tensor[t].data[j], 2);
+        }
+        off = sqrt(off) / (sqrt(norm) + 1e-6 * sqrt(all));
+        if (!(off <= worst)) { worst = off; at_worst = t; }
+    }
+    tensor_name(name, sizeof name, b, at_worst, 0);
+    check(worst < 1e-9, "model %d, %s %zu: gradient of %s is off by %g", i, what, k, name, worst);
+}
+
+// Weights laid out like the model's, with memory of their own.
+static Weights gradients_of(const Model *m) {
+    Weights w = weights_layout(&m->config, m->coe_weights);
+    weights_bind(&w, allocate(m->w.size * sizeof(real), "gradients"));
+    return w;
+}
+static real *block(const Weights *w) { return w->embed_tokens->data; }
+static void free_gradients(Weights *w) { release(block(w)); release(w->tensor); }
+
+static void test_batch(int i) {
+    enum { B = 3 };
+    const size_t n = i % 6 == 4 ? 150 : 11;             // 450 rows are more than loss_of takes at once
+    Model m = random_model(i, 0);
+    int *tokens = random_tokens(&m, B * n), *targets = random_tokens(&m, B * n);
+    State s = state_new(&m.config, B * n, n, 1);
+    Gradients g = gradients_new(&m.config, B * n, n);
+    Weights whole = gradients_of(&m), alone = gradients_of(&m);
+    Loss loss = backward(&m, &whole, &s, &g, tokens, targets, B, n, 1.0 / (double)(B * n), 1), total = { 0, 0 };
+    for (size_t b = 0; b < B; b++) {
+        Loss part = backward(&m, &alone, &s, &g, tokens + b * n, targets + b * n, 1, n, 1.0 / (double)(B * n), 1.0 / B);
+        total.loss += part.loss;
+        total.aux += part.aux;
+    }
+    check(fabs(loss.loss / total.loss - 1) < 1e-12 && fabs(loss.aux - total.aux) <= 1e-12 * loss.aux, "model %d, a batch: loss %.15g and %.15g, alone %.15g and %.15g",
+          i, loss.loss, loss.aux, total.loss, total.aux);
+    compare_gradients(&alone, &whole, "sequences alone", i, B);
+    free_gradients(&whole); free_gradients(&alone);
+    release(tokens); release(targets); release(g.memory);
+    state_free(&s);
+    model_free(&m);
+}
+
+// One step of training as train() does it, from the model's weights, on `tokens`.
+static Run one_step(const Model *m, const int *tokens, size_t B, size_t n, int64_t micro, Loss *loss, double *norm) {
+    Run run = { .model = *m };
+    keys_init(recipe_keys, RECIPE_KEYS, &run.recipe);
+    run.recipe.batch_size = (int64_t)B;
+    run.recipe.max_length = (int64_t)n;
+    run.recipe.micro_batch_size = micro;
+    run.recipe.sequential = 1;
+    run.model.weights = allocate(m->w.size * sizeof(real), "weights");
+    memcpy(run.model.weights, m->weights, m->w.size * sizeof(real));
+    run.model.w = weights_layout(&m->config, m->coe_weights);
+    weights_bind(&run.model.w, run.model.weights);
+    make_room(&run);
+    run.data = (Data){ .recipe = &run.recipe, .train = { .tokens = (int *)tokens, .n = B * n + 1 } };
+    *loss = train_step(&run, norm);
+    return run;
+}
+
+static void free_run(Run *run) {
+    release(run->model.weights); release(run->model.w.tensor); release(run->grad); release(run->dw.tensor); release(run->m); release(run->v);
+    release(run->inputs); release(run->targets); release(run->window); release(run->g.memory);
+    state_free(&run->state);
+}
+
+static void test_micro_batches(int i) {
+    enum { B = 5, n = 7 };
+    Model m = random_model(i, 0);
+    int *tokens = random_tokens(&m, B * n + 1);
+    double norm, part_norm;
+    Loss loss, part;
+    Run whole = one_step(&m, tokens, B, n, 0, &loss, &norm);
+    static const int64_t sizes[] = { 1, 2, 3, 5, 9 };
+    for (size_t k = 0; k < 5; k++) {
+        Run run = one_step(&m, tokens, B, n, sizes[k], &part, &part_norm);
+        compare_gradients(&run.dw, &whole.dw, "micro-batches of", i, (size_t)sizes[k]);
+        check(fabs(part.loss / loss.loss - 1) < 1e-12 && fabs(part.aux - loss.aux) <= 1e-12 * loss.aux && fabs(part_norm / norm - 1) < 1e-9,
+              "model %d, micro-batches of %d: loss %.15g, not %.15g", i, (int)sizes[k], part.loss, loss.loss);
+        free_run(&run);
+    }
+    free_run(&whole);
+    release(tokens);
+    model_free(&m);
+}
+
+// ---- the optimizer ------------------------------------------------------------------------------------------
+
+static void test_adamw(void) {
+    enum { N = (1 << 14) + 77, STEPS = 6 };
+    static real w[N], m[N], v[N], g[N];
+    static double exact_w[N], exact_m[N], exact_v[N];
+    for (int kind = 0; kind < 3; kind++) {
+        Recipe r;
+        keys_init(recipe_keys, RECIPE_KEYS, &r);
+        r.learning_rate = 0.01;
+        r.warmup_steps = 3;
+        r.lr_scheduler = 0;
+        if (kind == 1) { r.weight_decay = 0.3; r.adam_beta1 = 0.5; r.adam_beta2 = 0.999; r.adam_epsilon = 1e-3; }
+        if (kind == 2) { r.weight_decay = 0; r.adam_beta1 = 0; r.adam_beta2 = 0; }
+        const double clip = kind == 1 ? 0.37 : 1;
+        for (size_t i = 0; i < N; i++) {
+            w[i] = (real)rng_normal(&rng);
+            exact_w[i] = (double)w[i];
+            m[i] = v[i] = 0;
+            exact_m[i] = exact_v[i] = 0;
+        }
+        double worst = 0;
+        for (int step = 0; step < STEPS; step++) {
+            const double rate = 0.01 * fmin(1, (step + 1) / 3.0);
+            for (size_t i = 0; i < N; i++) g[i] = (real)rng_normal(&rng);
+            adamw(w, m, v, g, N, &r, step, clip);
+            for (size_t i = 0; i < N; i++) {
+                const double gi = (double)g[i] * clip;
+                exact_m[i] = r.adam_beta1 * exact_m[i] + (1 - r.adam_beta1) * gi;
+                exact_v[i] = r.adam_beta2 * exact_v[i] + (1 - r.adam_beta2) * gi * gi;
+                const double m_hat = exact_m[i] / (1 - pow(r.adam_beta1, step + 1)), v_hat = exact_v[i] / (1 - pow(r.adam_beta2, step + 1));
+                exact_w[i] -= rate * r.weight_decay * exact_w[i] + rate * m_hat / (sqrt(v_hat) + r.adam_epsilon);
+            }
+        }
+        // Six steps, each a rounding of a weight up to 5 and of a change below 0.03.
+        for (size_t i = 0; i < N; i++) worst = fmax(worst, fabs((double)w[i] - exact_w[i]));
+        check(worst < 40 * EPS, "AdamW, kind %d: off by %g", kind, worst);
+    }
+    double total = 0;
+    for (size_t i = 0; i < N; i++) total += (double)g[i] * (double)g[i];
+    check(fabs(gradient_norm(g, N) / sqrt(total) - 1) < 2000 * EPS, "the norm of the gradient is %.9g, not %.9g", gradient_norm(g, N), sqrt(total));
+}
+
+static void test_learning_rate(void) {
+    Recipe r;
+    keys_init(recipe_keys, RECIPE_KEYS, &r);
+    r.learning_rate = 0.5;
+    r.max_steps = 21;
+    r.warmup_ratio = 0.1;                               // 2.1 steps, so 3
+    for (int kind = 0; kind < 4; kind++) {
+        r.lr_scheduler = kind % 2;                      // constant, cosine
+        r.warmup_steps = kind < 2 ? -1 : 30;            // more than there are steps
+        const double warmup = kind < 2 ? 3 : 30;
+        double worst = 0;
+        for (int s = 0; s < 21; s++) {
+            double rate = 0.5 * fmin(1, (s + 1) / warmup);
+            if (s >= warmup && r.lr_scheduler == 1) rate = 0.5 * (1 + cos(3.14159265358979324 * (s - warmup) / (21 - warmup))) / 2;
+            worst = fmax(worst, fabs(learning_rate(&r, s) - rate));
+        }
+        check(worst < 1e-15, "learning rate, kind %d: off by %g", kind, worst);
+    }
+    r.warmup_steps = 0;
+    check(learning_rate(&r, 0) == 0.5 && learning_rate(&r, 21) < 1e-15, "no warm-up; the cosine ends at 0");
+}
+
+// ---- threads ------------------------------------------------------------------------------------------------
+
+// Everything that a step of training and a few tokens of generating compute, as bytes.
+static char *work(const Model *m, const int *tokens, int threads, size_t *bytes) {
+    enum { B = 2, n = 201, GENERATED = 3 };             // 402 rows are more than loss_of takes at once
+    const size_t V = (size_t)m->config.vocab_size, size = m->w.size;
+    set_threads(threads);
+    double norm;
+    Loss loss;
+    Run run = one_step(m, tokens, B, n, 0, &loss, &norm);
+    State s = state_new(&m->config, n, n + GENERATED, 0);
+    *bytes = (2 * size + (GENERATED + 1) * V) * sizeof(real) + 3 * sizeof(double);
+    char *result = allocate(*bytes, "the result"), *to = result;
+    real *logits = allocate(V * sizeof(real), "logits");
+    for (size_t i = 0; i <= GENERATED; i++) {
+        forward(m, &s, tokens + (i ? n + i - 1 : 0), 1, i ? 1 : n, i ? n + i - 1 : 0);
+        logits_forward(m, &s, logits, i ? 0 : n - 1, 1);
+        memcpy(to, logits, V * sizeof(real));
+        to += V * sizeof(real);
+    }
+    memcpy(to, block(&run.dw), size * sizeof(real));
+    to += size * sizeof(real);
+    memcpy(to, run.model.weights, size * sizeof(real));
+    to += size * sizeof(real);
+    memcpy(to, (double[]){ loss.loss, loss.aux, norm }, 3 * sizeof(double));
+    release(logits);
+    state_free(&s);
+    free_run(&run);
+    return result;
+}
+
+static void test_threads(int i) {
+    Model m = random_model(i, 1);
+    int *tokens = random_tokens(&m, 403);
+    size_t bytes, again;
+    char *one = work(&m, tokens, 1, &bytes);
+    static const int counts[] = { 1, 2, 3, 7 };
+    for (size_t k = 0; k < 4; k++) {
+        char *many = work(&m, tokens, counts[k], &again);
+        check(bytes == again && !memcmp(one, many, bytes), "model %d: other bytes with %d threads", i, counts[k]);
+        release(many);
+    }
+    set_threads(1);
+    release(one);
+    release(tokens);
+    model_free(&m);
+}
+
+// What a state or its gradients held before does not matter.
+static void test_used_before(int i) {
+    enum { B = 2, n = 60 };
+    Model m = random_model(i, 0);
+    int *tokens = random_tokens(&m, 2 * B * n);
+    Weights first = gradients_of(&m), second = gradients_of(&m), unused = gradients_of(&m);
+    for (int used = 0; used < 2; used++) {
+        State s = state_new(&m.config, B * n, n, 1);
+        Gradients g = gradients_new(&m.config, B * n, n);
+        if (used) backward(&m, &unused, &s, &g, tokens + B * n, tokens, B, n, 1, 1);
+        backward(&m, used ? &second : &first, &s, &g, tokens, tokens + B * n, B, n / 2, 0.01, 1);
+        state_free(&s);
+        release(g.memory);
+    }
+    check(!memcmp(block(&first), block(&second), m.w.size * sizeof(real)), "model %d: other gradients in memory that was used before", i);
+    free_gradients(&first); free_gradients(&second); free_gradients(&unused);
+    release(tokens);
+    model_free(&m);
+}
+
+int main(void) {
+    program = "test_model";
+    if (!freopen("/dev/null", "w", stderr)) return 1;   // make_room says how much memory it takes
+    set_threads(2);
+    test_adamw();
+    test_learning_rate();
+    for (int i = 0; i < KINDS; i++) test_chain(i);
+#ifdef REAL_IS_FLOAT
+    for (int i = 0; i < KINDS; i++) test_used_before(i);
+#ifdef _OPENMP
+    for (int i = 0; i < KINDS; i += 3) test_threads(i);
+#else
+    printf("no OpenMP: threads are not tested\n");
+#endif
+#else
+    for (int i = 0; i < KINDS; i++) {
+        test_pieces(i);
+        test_batch(i);
+        test_micro_batches(i);
+    }
+#endif
+    printf("%d passed, %d failed\n", passed, failed);
+    return failed != 0;
+}
