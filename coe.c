@@ -467,12 +467,13 @@ static int is_moe(const Config *c, size_t l) {
            l % (size_t)c->moe_layer_freq == 0;
 }
 
-// Ends the program unless every key is in its range and the config describes a model that this file
-// computes. `where` is the file or option that it came from.
-static void config_check(const Config *c, const char *where, int code) {
-    for (int i = 0; i < CONFIG_KEYS; i++) {
-        const Key *k = &config_keys[i];
-        const char *field = (const char *)c + k->offset;
+// Ends the program unless every number of a table is in its range: what is read from a file has not
+// been through key_parse().
+static void check_ranges(const Key *keys, size_t n_keys, const void *base, const char *where,
+                         int code) {
+    for (size_t i = 0; i < n_keys; i++) {
+        const Key *k = &keys[i];
+        const char *field = (const char *)base + k->offset;
         double f;
         int64_t n;
         memcpy(&f, field, sizeof f);
@@ -484,6 +485,13 @@ static void config_check(const Config *c, const char *where, int code) {
             fail(code, "%s: %s is %lld, must be %s", where, k->name, (long long)n, key_range(k));
         }
     }
+}
+
+
+// Ends the program unless every key is in its range and the config describes a model that this file
+// computes. `where` is the file or option that it came from.
+static void config_check(const Config *c, const char *where, int code) {
+    check_ranges(config_keys, CONFIG_KEYS, c, where, code);
     // The ranges bound each key by itself; what is left are the relations between them.
 #define REQUIRE(condition, ...) if (!(condition)) fail(code, __VA_ARGS__)
     REQUIRE(c->qk_rope_head_dim % 2 == 0, "%s: qk_rope_head_dim is %lld, must be even",
@@ -1518,7 +1526,7 @@ static void attend_expanded(const Config *c, State *s, LayerState *a, size_t B, 
         dv = c->v_head_dim, R = c->kv_lora_rank, dq = dn + dr, dkv = dn + dv,
         blocks = query_blocks(n);
     const real scale = attention_scale(c);
-    #pragma omp parallel for schedule(dynamic, 1) if (worth_threads(n * s->context * H))
+    #pragma omp parallel for schedule(dynamic, 1) if (worth_threads(B * n * n * H))
     for (size_t task = 0; task < B * H * blocks; task++) {
         const size_t b = task / blocks / H, h = task / blocks % H, i0 = task % blocks * QUERY_BLOCK;
         const size_t rows = block_rows(n, i0), keys = i0 + rows, first = b * n + i0;

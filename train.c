@@ -1539,6 +1539,9 @@ static TrainingState resume(Run *run, const Options *tables) {
     if (bytes != sizeof state + 2 * 4 * m.w.size)
         fail(FAILED, "%s: has no training state; --init starts a new run from its weights", path);
     read_exactly(&state, sizeof state, file, path);
+    check_ranges(recipe_keys, RECIPE_KEYS, &state.recipe, path, FAILED);
+    if (state.step < 0 || state.step > 1000000000000)
+        fail(FAILED, "%s: step is %lld, must be 0..10^12", path, (long long)state.step);
     Config mine = run->model.config;
     Options config_table = tables[CONFIG_TABLE];
     config_table.base = &mine;
