@@ -266,7 +266,7 @@ typedef struct {
       "temperature on cos and sin (yarn)")                                                         \
     X(NUM,  rope_scaling_mscale_all, "rope_scaling.mscale_all_dim", -1e9, 1e9,  "",      "0",      \
       "temperature on the scores; 0: none")                                                        \
-    X(INT,  max_position_embeddings, "max_position_embeddings",     1, 1 << 30, "",      "1024",   \
+    X(INT,  max_position_embeddings, "max_position_embeddings",     1, 1 << 30, "",      "256",    \
       "longest context in tokens")                                                                 \
     X(BOOL, attention_bias,          "attention_bias",              0, 1,       "",      "false",  \
       "biases in q_a, kv_a and o projections")                                                     \

@@ -476,12 +476,12 @@ def byte_tokenizer(c):
     others = iter(range(256, 512))
     byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True,
                   "use_regex": False}
-    bos, eos = "<|beginoftext|>", "<|endoftext|>"
+    special = {256: "<|beginoftext|>", 257: "<|endoftext|>"}   # a model of train.c uses only 257
     tokenizer = {
         "version": "1.0", "truncation": None, "padding": None,
         "added_tokens": [{"id": i, "content": text, "single_word": False, "lstrip": False,
                           "rstrip": False, "normalized": False, "special": True}
-                         for i, text in ((256, bos), (257, eos))],
+                         for i, text in special.items()],
         "normalizer": None, "pre_tokenizer": byte_level, "post_processor": None,
         "decoder": byte_level,
         "model": {"type": "BPE", "dropout": None, "unk_token": None,
@@ -490,7 +490,8 @@ def byte_tokenizer(c):
                   "vocab": {chr(b if b in prints else next(others)): b for b in range(256)},
                   "merges": []}}
     config = {"tokenizer_class": "PreTrainedTokenizerFast", "add_bos_token": c.add_bos_token,
-              "bos_token": bos, "eos_token": eos, "pad_token": eos,
+              "bos_token": special.get(c.bos_token_id), "eos_token": special.get(c.eos_token_id),
+              "pad_token": special[257],
               "clean_up_tokenization_spaces": False, "model_max_length": c.max_position_embeddings}
     return tokenizer, config
 
