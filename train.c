@@ -76,7 +76,7 @@
     X(INT,  save_steps,        "save_steps",       0,       0, 1e12,       "",         "250",      \
       "save every so many steps; 0: at the end")                                                   \
     X(INT,  sample_steps,      "sample_steps",     0,       0, 1e12,       "",         "0",        \
-      "show a sample every so many steps; 0: never")                                               \
+      "show a sample every so many steps; 0: at the end")                                               \
     X(INT,  eval_problems,     "eval_problems",    0,       0, 1 << 20,    "",         "200",      \
       "held-out problems to solve, a quarter of them during the run; 0: off")                      \
     X(INT,  threads,           "threads",          0,       0, MOST_THREADS,       "null",     "null",     \
@@ -222,8 +222,8 @@ static Stream read_stream(const Model *m, const char *path) {
     if (bytes >= 12) memcpy(&magic, text, sizeof magic);
     if (magic == 20240520 || magic == 20240801)
         read_token_file(&s, path, text, bytes, (size_t)m->config.vocab_size);
-    else if (m->tokenizer == NO_TOKENIZER)
-        fail(FAILED, "%s: is text, but the model has no tokenizer: "
+    else if (m->tokenizer == NO_TOKENIZER || m->config.eos_token_id < 0)
+        fail(FAILED, "%s: is text, but the model has no tokenizer or no eos_token_id: "
              "give a token file or --tokenizer", path);
     else
         tokenize_documents(&s, text, bytes, (int)m->config.eos_token_id);
@@ -1476,7 +1476,7 @@ static int train(Run *run) {
         const int measured = due(job->eval_steps, s, last);
         show_progress(run, loss.loss, rate, tokens_per_s, measured);
         if (measured) measure(run, s == last);
-        if (due(job->sample_steps, s, job->sample_steps ? last : -1)) show_sample(run);
+        if (due(job->sample_steps, s, last)) show_sample(run);
         if (log) {
             fprintf(log, "%lld", (long long)s);
             const double columns[] = { loss.loss, loss.aux, norm, rate, tokens_per_s,
@@ -1595,8 +1595,8 @@ static void open_data(Run *run) {
     data->eos = (int)m->config.eos_token_id;
     data->built_in = !*run->job.data;
     if (data->built_in && (m->tokenizer == NO_TOKENIZER || data->eos < 0))
-        fail(FAILED, "the built-in task is text, but the model has no tokenizer: "
-             "give token files with --data");
+        fail(FAILED, "the built-in task is text, but the model has no tokenizer or no "
+             "eos_token_id: give token files with --data");
     if (data->built_in) data->val = task_validation(&run->recipe, data->eos);
     else data->train = read_stream(m, run->job.data);
     if (*run->job.val) data->val = read_stream(m, run->job.val);
