@@ -204,7 +204,7 @@ typedef struct {
       "width of an expert, f")                                                                     \
     X(INT,  num_hidden_layers,       "num_hidden_layers",           1, 1 << 12, "",      "4",      \
       "layers, L")                                                                                 \
-    X(INT,  num_attention_heads,     "num_attention_heads",         1, 1 << 12, "",      "4",      \
+    X(INT,  num_attention_heads,     "num_attention_heads",         1, 1 << 12, "",      "8",      \
       "heads, H")                                                                                  \
     X(INT,  n_shared_experts,        "n_shared_experts",            0, 1 << 10, "null",  "1",      \
       "experts that every token visits, S")                                                        \
@@ -216,11 +216,11 @@ typedef struct {
       "width of the key-value latent, R")                                                          \
     X(INT,  q_lora_rank,             "q_lora_rank",                 0, 1 << 16, "null",  "null",   \
       "width of the query latent, r; null: one matrix")                                            \
-    X(INT,  qk_nope_head_dim,        "qk_nope_head_dim",            1, 1 << 16, "",      "32",     \
+    X(INT,  qk_nope_head_dim,        "qk_nope_head_dim",            1, 1 << 16, "",      "16",     \
       "width of a head's key without position, dn")                                                \
     X(INT,  qk_rope_head_dim,        "qk_rope_head_dim",            2, 1 << 16, "",      "16",     \
       "width of the key with RoPE, dr, even")                                                      \
-    X(INT,  v_head_dim,              "v_head_dim",                  1, 1 << 16, "",      "32",     \
+    X(INT,  v_head_dim,              "v_head_dim",                  1, 1 << 16, "",      "16",     \
       "width of a head's value, dv")                                                               \
     X(INT,  inner_iter,              "inner_iter",                  1, 1 << 10, "",      "2",      \
       "iterations of the chain, C")                                                                \
@@ -250,7 +250,7 @@ typedef struct {
       "balance each sequence; false: the batch")                                                   \
     X(NUM,  rms_norm_eps,            "rms_norm_eps",            1e-30, 1,       "",      "1e-6",   \
       "epsilon of the layer norms")                                                                \
-    X(NUM,  rope_theta,              "rope_theta",              1e-30, 1e30,    "",      "10000",  \
+    X(NUM,  rope_theta,              "rope_theta",              1e-30, 1e30,    "",      "300",    \
       "base of the rotation frequencies")                                                          \
     X(WORD, rope_scaling_type,       "rope_scaling.type",           0, 2,       SCALING, "null",   \
       "how rotations are stretched")                                                               \
@@ -270,9 +270,9 @@ typedef struct {
       "longest context in tokens")                                                                 \
     X(BOOL, attention_bias,          "attention_bias",              0, 1,       "",      "false",  \
       "biases in q_a, kv_a and o projections")                                                     \
-    X(BOOL, tie_word_embeddings,     "tie_word_embeddings",         0, 1,       "",      "false",  \
+    X(BOOL, tie_word_embeddings,     "tie_word_embeddings",         0, 1,       "",      "true",   \
       "lm_head is embed_tokens")                                                                   \
-    X(NUM,  initializer_range,       "initializer_range",           0, 1e9,     "",      "0.02",   \
+    X(NUM,  initializer_range,       "initializer_range",           0, 1e9,     "",      "0.04",   \
       "deviation of fresh weights")                                                                \
     X(INT,  bos_token_id,            "bos_token_id",               -1, 1 << 24, "null",  "257",    \
       "token that starts a text; EOS, as between documents")                                       \
