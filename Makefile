@@ -5,8 +5,9 @@
 
 # -O3 unrolls and vectorises; -march=native uses the widest vectors this machine has (leave it out, or
 # name another -march, to build for another machine: make ARCH=). Never -ffast-math: it would let the compiler
-# reorder sums, and results would depend on how.
-CFLAGS ?= -O3
+# reorder sums, and results would depend on how. -fno-math-errno only says that nobody asks errno about
+# sqrt, which may then be a vector instruction.
+CFLAGS ?= -O3 -fno-math-errno
 ARCH   ?= -march=native
 WARN    = -Wall -Wextra -Wno-unused-function -Wno-unknown-pragmas   # each program uses a part of coe.c
 PYTHON ?= python3

@@ -250,7 +250,7 @@ typedef struct {
       "balance each sequence; false: the batch")                                                   \
     X(NUM,  rms_norm_eps,            "rms_norm_eps",            1e-30, 1,       "",      "1e-6",   \
       "epsilon of the layer norms")                                                                \
-    X(NUM,  rope_theta,              "rope_theta",              1e-30, 1e30,    "",      "300",    \
+    X(NUM,  rope_theta,              "rope_theta",              1e-30, 1e30,    "",      "100",    \
       "base of the rotation frequencies")                                                          \
     X(WORD, rope_scaling_type,       "rope_scaling.type",           0, 2,       SCALING, "null",   \
       "how rotations are stretched")                                                               \
