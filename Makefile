@@ -9,12 +9,15 @@
 # sqrt, which may then be a vector instruction.
 CFLAGS ?= -O3 -fno-math-errno
 ARCH   ?= -march=native
-WARN    = -Wall -Wextra -Wno-unused-function -Wno-unknown-pragmas   # each program uses a part of coe.c
+# Each program uses a part of coe.c, and a compiler without OpenMP does not know its pragmas.
+WARN    = -Wall -Wextra -Wno-unused-function -Wno-unknown-pragmas
 PYTHON ?= python3
 
 # OpenMP where the compiler has it (make OPENMP= goes without).
 OPENMP ?= $(shell echo 'int main(void){return 0;}' | $(CC) -fopenmp -x c - -o /dev/null 2>/dev/null && echo -fopenmp)
-BUILD   = $(CC) $(WARN) $(CFLAGS) $(ARCH) $(OPENMP)
+PLAIN   = $(CC) $(WARN) $(CFLAGS) $(ARCH)
+BUILD   = $(PLAIN) $(OPENMP)
+SANITIZE = $(CC) $(WARN) -O1 -g -fsanitize=address,undefined -fno-sanitize-recover=undefined
 
 all: run train
 	@echo "built run and train with $(CC), $(if $(OPENMP),OpenMP,one thread: no OpenMP)"
@@ -27,14 +30,14 @@ train: train.c coe.c
 
 debug: run-debug train-debug
 %-debug: %.c coe.c
-	$(CC) $(WARN) -O1 -g -fsanitize=address,undefined -fno-sanitize-recover=undefined $(OPENMP) -o $@ $< -lm
+	$(SANITIZE) $(OPENMP) -o $@ $< -lm
 
 demo: run train
 	./train -o demo.bin --log demo.tsv
 	./run demo.bin -t 0 -i "$$(./train --show_val 1 | head -n 1)"
 
 test: run train
-	$(PYTHON) tests/run_all.py
+	CC="$(CC)" PLAIN="$(PLAIN)" BUILD="$(BUILD)" SANITIZE="$(SANITIZE)" $(PYTHON) tests/run_all.py
 
 clean:
 	rm -f run train run-debug train-debug demo.bin demo.tsv

@@ -148,6 +148,23 @@ static const char *decimal(char text[DECIMAL_TEXT], double x) {
     return text;
 }
 
+// A closed stdin, stdout or stderr would leave its number to the next file that is opened, and what
+// is meant for it would end up there. So /dev/null stands in, and writing to it fails.
+static void occupy_standard_files(void) {
+#ifndef _WIN32
+    int file = open("/dev/null", O_RDONLY);
+    while (file >= 0 && file < 3) file = open("/dev/null", O_RDONLY);
+    if (file >= 0) close(file);
+    signal(SIGPIPE, SIG_IGN);       // a closed pipe shows as a failed write, with a message
+#endif
+}
+
+// Sends off what was printed. A full disk or a closed pipe is an error: nobody gets the result.
+static void flush_stdout(void) {
+    if (fflush(stdout) || ferror(stdout))
+        fail(FAILED, "stdout: cannot be written: %s", strerror(errno));
+}
+
 // ---- [2] random numbers -------------------------------------------------------------------------
 // splitmix64 (Steele, Lea, Flood 2014). Its state is a counter, so a stream can start anywhere: any
 // number is as good a seed as any other.

@@ -129,12 +129,6 @@ static void print_value(const char *name, double v) {
 }
 static void print_count(const char *name, size_t n) { printf("%s %zu\n", name, n); }
 
-// Sends off what was printed. A full disk or a closed pipe is an error: nobody gets the result.
-static void flush_stdout(void) {
-    if (fflush(stdout) || ferror(stdout))
-        fail(FAILED, "stdout: cannot be written: %s", strerror(errno));
-}
-
 // All bytes of a file, *n of them. It may be a pipe, so nobody asks for its size.
 static char *read_file(const char *path, size_t *n) {
     const size_t most = (size_t)1 << 30;
@@ -639,17 +633,6 @@ static void print_tokens(const Run *r) {
 }
 
 // ---- [8] main -----------------------------------------------------------------------------------
-
-// A closed stdin, stdout or stderr would leave its number to the next file that is opened, and what
-// is meant for it would end up there. So /dev/null stands in, and writing to it fails.
-static void occupy_standard_files(void) {
-#ifndef _WIN32
-    int file = open("/dev/null", O_RDONLY);
-    while (file >= 0 && file < 3) file = open("/dev/null", O_RDONLY);
-    if (file >= 0) close(file);
-    signal(SIGPIPE, SIG_IGN);       // a closed pipe shows as a failed write, with a message
-#endif
-}
 
 static int same(const char *a, const char *b) { return a && b && !strcmp(a, b); }
 

@@ -1190,6 +1190,11 @@ static void publish(FILE *file, const char *temporary, const char *path) {
 
 // Opens `path`.tmp for writing, its name in temporary[size]; publish() makes it `path`.
 static FILE *open_temporary(char *temporary, size_t size, const char *path) {
+#ifndef _WIN32
+    struct stat info;
+    if (!stat(path, &info) && !S_ISREG(info.st_mode))       // a rename would replace /dev/null
+        fail(FAILED, "%s: cannot be written: is not a regular file", path);
+#endif
     if ((size_t)snprintf(temporary, size, "%s.tmp", path) >= size)
         fail(FAILED, "%s: name too long", path);
     FILE *file = fopen(temporary, "wb");
@@ -1356,9 +1361,9 @@ static volatile sig_atomic_t interrupted;
 
 // The first SIGINT or SIGTERM lets the step finish and save; the second ends the program at once.
 static void on_interrupt(int signal_number) {
-    (void)signal_number;
     if (interrupted) _Exit(130);
     interrupted = 1;
+    signal(signal_number, on_interrupt);        // some systems forget the handler once it has run
 }
 
 // Whether something done every `period` steps is due after step s (from 0), or that is the last.
@@ -1503,32 +1508,49 @@ static int train(Run *run) {
     char text[DECIMAL_TEXT];
     if (!isnan(run->val_loss)) printf("val_loss %s\n", decimal(text, run->val_loss));
     if (!isnan(run->solved)) printf("solved %s\n", decimal(text, run->solved));
-    return fflush(stdout) || ferror(stdout) ? FAILED : 0;
+    flush_stdout();
+    return 0;
 }
 
-// Settles the tokenizer of a fresh model, and with it what the user left open of its config:
-// --tokenizer brings vocabulary and special tokens, and a vocabulary too small for bytes has none.
+// Takes the tokenizer of the model file --tokenizer, and the ids that go with it where the user gave
+// none. `fresh`: the vocabulary's size too.
+static void take_tokenizer(Run *run, const Options *tables, int fresh) {
+    Model *m = &run->model, from = model_open(run->job.tokenizer, 0, NULL, NULL);
+    if (from.tokenizer == NO_TOKENIZER) fail(FAILED, "%s: has no tokenizer", run->job.tokenizer);
+    m->tokenizer = from.tokenizer;
+    m->files = from.files;
+    m->files_bytes = from.files_bytes;
+    for (int i = 0; i < CONFIG_KEYS; i++) {
+        const Key *k = &config_keys[i];
+        if (tables[CONFIG_TABLE].given[i]) continue;
+        if (strstr(k->name, "s_token") || (fresh && !strcmp(k->name, "vocab_size")))
+            memcpy((char *)&m->config + k->offset, (char *)&from.config + k->offset, 8);
+    }
+    if (m->config.vocab_size <= BYTE_EOS)
+        fail(WRONG_USAGE, "vocab_size is %lld, must be at least %d for the tokenizer of %s",
+             (long long)m->config.vocab_size, BYTE_EOS + 1, run->job.tokenizer);
+}
+
+// Ends the program unless --tokenizer is the one that the resumed model has.
+static void check_resumed_tokenizer(const Run *run) {
+    const Model *m = &run->model;
+    Model from = model_open(run->job.tokenizer, 0, NULL, NULL);
+    if (from.tokenizer != m->tokenizer || from.files_bytes != m->files_bytes ||
+        memcmp(from.files, m->files, m->files_bytes))
+        fail(WRONG_USAGE, "--tokenizer %s is not the tokenizer of %s", run->job.tokenizer,
+             run->job.resume);
+    model_free(&from);
+}
+
+// A fresh model's tokenizer: bytes, where its vocabulary has room for them.
 static void choose_tokenizer(Run *run, const Options *tables) {
     Config *c = &run->model.config;
-    const unsigned char *given = tables[CONFIG_TABLE].given;
-    const Key *keys = config_keys;
-    if (*run->job.tokenizer) {
-        Model from = model_open(run->job.tokenizer, 0, NULL, NULL);
-        if (from.tokenizer == NO_TOKENIZER)
-            fail(FAILED, "%s: has no tokenizer", run->job.tokenizer);
-        run->model.tokenizer = from.tokenizer;
-        run->model.files = from.files;
-        run->model.files_bytes = from.files_bytes;
-        for (int i = 0; i < CONFIG_KEYS; i++)
-            if (!given[i] &&
-                (!strcmp(keys[i].name, "vocab_size") || strstr(keys[i].name, "s_token")))
-                memcpy((char *)c + keys[i].offset, (char *)&from.config + keys[i].offset, 8);
-    } else if (c->vocab_size <= BYTE_EOS) {
-        run->model.tokenizer = NO_TOKENIZER;
-        for (int i = 0; i < CONFIG_KEYS; i++)
-            if (!given[i] && strstr(keys[i].name, "s_token_id")) key_parse(&keys[i], c, "null");
-    } else {
-        run->model.tokenizer = BYTES;
+    run->model.tokenizer = c->vocab_size > BYTE_EOS ? BYTES : NO_TOKENIZER;
+    for (int i = 0; i < CONFIG_KEYS; i++) {
+        const Key *k = &config_keys[i];
+        if (run->model.tokenizer == NO_TOKENIZER && !tables[CONFIG_TABLE].given[i] &&
+            strstr(k->name, "s_token_id"))
+            key_parse(k, c, "null");
     }
 }
 
@@ -1557,6 +1579,7 @@ static TrainingState resume(Run *run, const Options *tables) {
         must_agree(&tables[RECIPE_TABLE], k, &state.recipe, path);
     }
     run->model = m;
+    if (*run->job.tokenizer) check_resumed_tokenizer(run);
     run->saved = 1;
     run->step = state.step;
     run->m = allocate(product(m.w.size, sizeof(real)), "AdamW's first moments");
@@ -1586,8 +1609,9 @@ static void init_from(Run *run, const Options *tables) {
             memcpy((char *)&m.config + k->offset, (char *)&mine + k->offset, 8);
         else must_agree(&table, k, &m.config, run->job.init);
     }
-    config_check(&m.config, "options", WRONG_USAGE);
     run->model = m;
+    if (*run->job.tokenizer) take_tokenizer(run, tables, 0);
+    config_check(&run->model.config, "options", WRONG_USAGE);
 }
 
 // Opens the training and validation data. Fails where they do not make a single batch.
@@ -1643,7 +1667,8 @@ static void fresh_model(Run *run, const Options *tables) {
     const int context_given = given[offsetof(Config, max_position_embeddings) / 8];
     if (!context_given && c->max_position_embeddings < run->recipe.max_length)
         c->max_position_embeddings = run->recipe.max_length;
-    choose_tokenizer(run, tables);
+    if (*run->job.tokenizer) take_tokenizer(run, tables, 1);
+    else choose_tokenizer(run, tables);
     config_check(c, "options", WRONG_USAGE);
     m->w = weights_layout(c, 0);
     m->weights = allocate(product(m->w.size, sizeof(real)), "the weights");
@@ -1711,6 +1736,13 @@ static void make_room(Run *run) {
         next_made_window(&run->data, run->window);
 }
 
+// Fails now, and not after hours of training, if the checkpoint cannot be written.
+static void try_output(const Run *run) {
+    char temporary[4096];
+    fclose(open_temporary(temporary, sizeof temporary, run->job.output));
+    remove(temporary);
+}
+
 // Options, then either a list (--help), documents to look at, or training.
 int main(int argc, char **argv) {
     static Run run = { .val_loss = NAN, .solved = NAN };
@@ -1721,6 +1753,7 @@ int main(int argc, char **argv) {
         { job_keys, JOB_KEYS, &run.job, given[JOB_TABLE] },
     };
     program = "train";
+    occupy_standard_files();
     for (int i = 0; i < TABLES; i++) keys_init(tables[i].keys, tables[i].n, tables[i].base);
     parse_options(tables, TABLES, argc, argv, 1);
     if (run.job.version) { puts("train (coe.c) " COE_VERSION); return 0; }
@@ -1743,10 +1776,12 @@ int main(int argc, char **argv) {
     if (run.job.show_data || run.job.show_val) {
         show_documents(&run, &run.data.train, run.job.show_data, 0);
         show_documents(&run, &run.data.val, run.job.show_val, 1);
-        return fflush(stdout) || ferror(stdout) ? FAILED : 0;
+        flush_stdout();
+        return 0;
     }
     print_model(&run.model);
     make_room(&run);
+    if (run.step < run.recipe.max_steps) try_output(&run);
     signal(SIGINT, on_interrupt);
     signal(SIGTERM, on_interrupt);
     return train(&run);

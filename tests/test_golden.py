@@ -15,6 +15,7 @@ import sys
 import tempfile
 from array import array
 
+sys.dont_write_bytecode = True
 import test_run
 from test_run import DEFAULT, GOLDEN, check, read_floats, tensor_list, write_golden
 
@@ -80,7 +81,8 @@ def test_gradients(name, config, golden, reference, here):
             continue
         off = distance(a, b) / norm(b)
         entry = max(abs(x - y) for x, y in zip(a, b)) / max(map(abs, b))
-        check(f"{name}: gradient of {tensor}", off < 1e-4 and entry < 1e-3, f"{off:.1e}, {entry:.1e}")
+        check(f"{name}: gradient of {tensor}", off < 1e-4 and entry < 1e-3,
+              f"{off:.1e}, {entry:.1e}")
         worst = max(worst, off)
     return worst
 

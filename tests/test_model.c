@@ -1,12 +1,14 @@
 // Tests of the model as a whole: what must not depend on how the work is cut up.
 //
 //     cc -O3 -march=native -fopenmp -o build/test_model tests/test_model.c -lm && build/test_model
-//     cc -O3 -march=native -fopenmp -DREAL=double -o build/test_model_double tests/test_model.c -lm && ...
+//     cc -O3 -march=native -fopenmp -DREAL=double -o build/test_model_d tests/test_model.c -lm &&
+//     ...
 //
-// In float: the same bytes with any number of threads. In double: T tokens at once, one by one and in pieces; a
-// batch, its sequences alone and micro-batches. Those agree only to rounding, which in float can tip the choice of an
-// expert and hide a small mistake; in double neither happens. In both: the chain of experts, AdamW and the learning rate
-// against plain loops. Every random model has another combination of what a config can ask for.
+// In float: the same bytes with any number of threads. In double: T tokens at once, one by one and
+// in pieces; a batch, its sequences alone and micro-batches. Those agree only to rounding, which in
+// float can tip the choice of an expert and hide a small mistake; in double neither happens. In
+// both: the chain of experts, AdamW and the learning rate against plain loops. Every random model
+// has another combination of what a config can ask for.
 #define main train_main
 #include "../train.c"
 #undef main
@@ -20,7 +22,9 @@ static const double EPS = DBL_EPSILON;
 
 static int passed, failed;
 static uint64_t rng = 1;
-static int64_t pick(int64_t least, int64_t most) { return least + (int64_t)(rng_next(&rng) % (uint64_t)(most - least + 1)); }
+static int64_t pick(int64_t least, int64_t most) {
+    return least + (int64_t)(rng_next(&rng) % (uint64_t)(most - least + 1));
+}
 
 // Counts a test; what fails is printed.
 static void check(int ok, const char *format, ...) {
@@ -34,11 +38,17 @@ static void check(int ok, const char *format, ...) {
     failed++;
 }
 
-// ---- random models --------------------------------------------------------------------------------------
+// The larger of two errors, and infinity once there was a NaN.
+static double larger(double worst, double error) {
+    return error <= worst ? worst : isnan(error) ? INFINITY : error;
+}
 
-enum { KINDS = 36 };        // models with numbers below this have every feature, and most pairs of two
+// ---- random models ------------------------------------------------------------------------------
 
-// Features go by the number of the model, sizes by chance; `wide` is large enough for the threads to have work.
+enum { KINDS = 36 }; // models with numbers below this have every feature, and most pairs of two
+
+// Features go by the number of the model, sizes by chance; `wide` is large enough for the threads
+// to have work.
 static Config random_config(int i, int wide) {
     Config c;
     keys_init(config_keys, CONFIG_KEYS, &c);
@@ -90,8 +100,10 @@ static Model random_model(int i, int wide) {
     weights_bind(&m.w, m.weights);
     for (size_t k = 0; k < m.w.n_tensors; k++) {
         const Tensor *t = &m.w.tensor[k];
-        const double size = t->rows == 1 || k == 0 ? 0.5 : (t->init == GATE ? 3 : 1.2) / sqrt((double)t->cols);
-        for (size_t j = 0; j < tensor_size(t); j++) t->data[j] = (real)((t->init == ONES) + size * rng_normal(&rng));
+        const double gain = t->init == GATE ? 3 : 1.2;
+        const double size = t->rows == 1 || k == 0 ? 0.5 : gain / sqrt((double)t->cols);
+        for (size_t j = 0; j < tensor_size(t); j++)
+            t->data[j] = (real)((t->init == ONES) + size * rng_normal(&rng));
     }
     return m;
 }
@@ -107,13 +119,13 @@ static double furthest(const real *a, const real *b, size_t n) {
     double worst = 0, largest = 1e-300;
     for (size_t i = 0; i < n; i++) {
         double error = fabs((double)a[i] - (double)b[i]);
-        if (!(error <= worst)) worst = error;
+        worst = larger(worst, error);
         largest = fmax(largest, fabs((double)b[i]));
     }
     return worst / largest;
 }
 
-// ---- the chain of experts against plain loops -------------------------------------------------------------
+// ---- the chain of experts against plain loops ---------------------------------------------------
 
 enum { MOST = 128 };
 
@@ -126,7 +138,8 @@ static void multiply(double *y, const real *w, const double *x, size_t rows, siz
 }
 
 // y += weight * down(silu(gate x) * up x), with copy e of the tensors
-static void add_network(double *y, double weight, const Tensor *gate, const Tensor *up, const Tensor *down, size_t e, const double *x) {
+static void add_network(double *y, double weight, const Tensor *gate, const Tensor *up,
+                        const Tensor *down, size_t e, const double *x) {
     double g[MOST], u[MOST], out[MOST];
     multiply(g, at(gate, e), x, gate->rows, gate->cols);
     multiply(u, at(up, e), x, up->rows, up->cols);
@@ -135,11 +148,13 @@ static void add_network(double *y, double weight, const Tensor *gate, const Tens
     for (size_t i = 0; i < down->rows; i++) y[i] += weight * out[i];
 }
 
-// Chooses experts for x as MODEL says: order (K) and their weights. Returns how clear the closest decision was,
-// relative to the score.
-static double choose_plainly(size_t *order, double *weight, const Model *m, const real *gate, const double *x) {
+// Chooses experts for x as MODEL says: order (K) and their weights. Returns how clear the closest
+// decision was, relative to the score.
+static double choose_plainly(size_t *order, double *weight, const Model *m, const real *gate,
+                             const double *x) {
     const Config *c = &m->config;
-    const size_t E = (size_t)c->n_routed_experts, K = (size_t)c->num_experts_per_tok, size = E / (size_t)c->n_group;
+    const size_t E = (size_t)c->n_routed_experts, K = (size_t)c->num_experts_per_tok,
+                 size = E / (size_t)c->n_group;
     double s[MOST], total = 0, clear = 1;
     multiply(s, gate, x, E, (size_t)c->hidden_size);
     for (size_t e = 0; e < E; e++) total += s[e] = exp(s[e]);
@@ -149,8 +164,12 @@ static double choose_plainly(size_t *order, double *weight, const Model *m, cons
         for (int64_t k = 0; k < c->topk_group; k++) {
             size_t best = 0;
             for (size_t e = 0; e < E; e++) if (s[e] > s[best]) best = e;
-            for (size_t e = 0; e < E; e++) if (e / size != best / size) clear = fmin(clear, fabs(s[best] - s[e]) / s[best]);
-            for (size_t e = best / size * size; e < (best / size + 1) * size; e++) { left[e] = s[e]; s[e] = 0; }
+            for (size_t e = 0; e < E; e++)
+                if (e / size != best / size) clear = fmin(clear, fabs(s[best] - s[e]) / s[best]);
+            for (size_t e = best / size * size; e < (best / size + 1) * size; e++) {
+                left[e] = s[e];
+                s[e] = 0;
+            }
         }
         memcpy(s, left, E * sizeof(double));
     }
@@ -158,42 +177,52 @@ static double choose_plainly(size_t *order, double *weight, const Model *m, cons
     for (size_t k = 0; k < K; k++) {
         size_t best = 0;
         for (size_t e = 0; e < E; e++) if (s[e] > s[best]) best = e;
-        for (size_t e = 0; e < E; e++) if (e != best) clear = fmin(clear, fabs(s[best] - s[e]) / s[best]);
+        for (size_t e = 0; e < E; e++)
+            if (e != best) clear = fmin(clear, fabs(s[best] - s[e]) / s[best]);
         if (s[best] < 1e-30) clear = 0;         // float has no smaller ones left to tell apart
         order[k] = best;
         total += weight[k] = s[best];
         s[best] = 0;
     }
-    for (size_t k = 0; k < K; k++) weight[k] *= c->norm_topk_prob && K > 1 ? 1 / total : c->routed_scaling_factor;
+    for (size_t k = 0; k < K; k++)
+        weight[k] *= c->norm_topk_prob && K > 1 ? 1 / total : c->routed_scaling_factor;
     return clear;
 }
 
-// out (d) = the chain of layer l on one row of the stream after attention, in double. Returns how clear all choices were;
-// `same` becomes 0 where chain_forward chose other experts for this token.
-static double chain_plainly(const Model *m, const State *state, size_t l, double *out, const real *mid, size_t token, int *same) {
+// out (d) = the chain of layer l on one row of the stream after attention, in double. Returns how
+// clear all choices were; `same` becomes 0 where chain_forward chose other experts for this token.
+static double chain_plainly(const Model *m, const State *state, size_t l, double *out,
+                            const real *mid, size_t token, int *same) {
     const Config *c = &m->config;
     const Layer *w = &m->w.layer[l];
     const size_t d = (size_t)c->hidden_size, K = (size_t)c->num_experts_per_tok;
     double square = 0, clear = 1;
     for (size_t i = 0; i < d; i++) square += (double)mid[i] * (double)mid[i];
-    for (size_t i = 0; i < d; i++) out[i] = (double)w->post_attention_layernorm.data[i] * (double)mid[i] / sqrt(square / (double)d + c->rms_norm_eps);
+    for (size_t i = 0; i < d; i++)
+        out[i] = (double)w->post_attention_layernorm.data[i] * (double)mid[i] /
+                 sqrt(square / (double)d + c->rms_norm_eps);
     for (int64_t t = 0; t < (is_moe(c, l) ? c->inner_iter : 1); t++) {
         double y[MOST] = { 0 }, weight[MOST];
         size_t order[MOST];
         if (is_moe(c, l)) {
             const Iteration *i = &state->layer[l].iteration[t];
-            clear = fmin(clear, choose_plainly(order, weight, m, at(&w->gate, c->use_igate ? (size_t)t : 0), out));
+            clear = fmin(clear, choose_plainly(order, weight, m,
+                                               at(&w->gate, c->use_igate ? (size_t)t : 0), out));
             for (size_t k = 0; k < K; k++) {
-                add_network(y, weight[k], &w->experts_gate_proj, &w->experts_up_proj, &w->experts_down_proj, order[k], out);
+                add_network(y, weight[k], &w->experts_gate_proj, &w->experts_up_proj,
+                            &w->experts_down_proj, order[k], out);
                 *same &= (size_t)i->expert[token * K + k] == order[k];
             }
-            if (c->n_shared_experts) add_network(y, 1, &w->shared_gate_proj, &w->shared_up_proj, &w->shared_down_proj, 0, out);
+            if (c->n_shared_experts)
+                add_network(y, 1, &w->shared_gate_proj, &w->shared_up_proj, &w->shared_down_proj, 0,
+                            out);
         } else {
             add_network(y, 1, &w->dense_gate_proj, &w->dense_up_proj, &w->dense_down_proj, 0, out);
         }
         for (size_t i = 0; i < d; i++) {
             if (!m->coe_weights) out[i] = y[i] + (c->inner_residual ? out[i] : 0);
-            else out[i] = t == 0 ? y[i] : out[i] + (double)at(&w->coe_weights, (size_t)t - 1)[i] * y[i];
+            else if (t == 0) out[i] = y[i];
+            else out[i] += (double)at(&w->coe_weights, (size_t)t - 1)[i] * y[i];
         }
     }
     for (size_t i = 0; i < d && c->outer_residual; i++) out[i] += (double)mid[i];
@@ -214,35 +243,44 @@ static void test_chain(int i) {
         chain_forward(&m, &s, l, out, T);
         for (size_t t = 0; t < T; t++) {
             int same = 1;
-            if (chain_plainly(&m, &s, l, expected, s.layer[l].mid + t * d, t, &same) < 3000 * EPS) { unclear++; continue; }
+            if (chain_plainly(&m, &s, l, expected, s.layer[l].mid + t * d, t, &same) < 3000 * EPS) {
+                unclear++;
+                continue;
+            }
             same_all &= same;
             for (size_t k = 0; k < d; k++) {
-                worst = fmax(worst, fabs((double)out[t * d + k] - expected[k]));
+                worst = larger(worst, fabs((double)out[t * d + k] - expected[k]));
                 largest = fmax(largest, fabs(expected[k]));
             }
         }
-        // Sums of up to 128 numbers of either sign, three iterations one after the other: some hundred roundings of eps.
-        check(same_all && worst < 500 * EPS * largest && unclear < T / 2, "chain of model %d, layer %zu: off by %g, experts %s, %d of %d tokens unclear",
-              i, l, worst / largest, same_all ? "the same" : "DIFFERENT", unclear, T);
+        // Sums of up to 128 numbers of either sign, three iterations one after the other: some
+        // hundred roundings of eps.
+        check(same_all && worst < 500 * EPS * largest && unclear < T / 2,
+              "chain of model %d, layer %zu: off by %g, experts %s, %d of %d tokens unclear", i, l,
+              worst / largest, same_all ? "the same" : "DIFFERENT", unclear, T);
     }
     state_free(&s);
     model_free(&m);
 }
 
-// ---- at once, one by one, in pieces ------------------------------------------------------------------------
+// ---- at once, one by one, in pieces -------------------------------------------------------------
 
-// Runs n tokens in `pieces` pieces through a state; all logits go to `logits` (n, V), all choices of experts, layer after
-// layer, to `experts` (L C, n, K).
-static void run_pieces(const Model *m, State *s, const int *tokens, size_t n, size_t pieces, real *logits, int *experts) {
+// Runs n tokens in `pieces` pieces through a state; all logits go to `logits` (n, V), all choices
+// of experts, layer after layer, to `experts` (L C, n, K).
+static void run_pieces(const Model *m, State *s, const int *tokens, size_t n, size_t pieces,
+                       real *logits, int *experts) {
     const Config *c = &m->config;
-    const size_t V = (size_t)c->vocab_size, C = (size_t)c->inner_iter, K = (size_t)c->num_experts_per_tok;
+    const size_t V = (size_t)c->vocab_size, C = (size_t)c->inner_iter,
+                 K = (size_t)c->num_experts_per_tok;
     for (size_t left = pieces, pos = 0, rows; left > 0; left--, pos += rows) {
-        rows = left == 1 ? n - pos : pieces == n ? 1 : (size_t)pick(1, (int64_t)(n - pos - left + 1));
+        const size_t most = n - pos - left + 1;         // every piece has a token
+        rows = left == 1 || pieces == n ? most : (size_t)pick(1, (int64_t)most);
         forward(m, s, tokens + pos, 1, rows, pos);
         logits_forward(m, s, logits + pos * V, 0, rows);
         for (size_t l = 0; l < (size_t)c->num_hidden_layers; l++)
             for (size_t t = 0; is_moe(c, l) && t < C; t++)
-                memcpy(experts + ((l * C + t) * n + pos) * K, s->layer[l].iteration[t].expert, rows * K * sizeof(int));
+                memcpy(experts + ((l * C + t) * n + pos) * K, s->layer[l].iteration[t].expert,
+                       rows * K * sizeof(int));
     }
 }
 
@@ -250,9 +288,12 @@ static void test_pieces(int i) {
     Model m = random_model(i, 0);
     const Config *c = &m.config;
     const size_t n = i % 4 == 3 ? 2 * QUERY_BLOCK + 9 : 17, V = (size_t)c->vocab_size;
-    const size_t choices = (size_t)(c->num_hidden_layers * c->inner_iter * c->num_experts_per_tok) * n;
-    int *tokens = random_tokens(&m, n), *expected = allocate(choices * sizeof(int), "choices"), *experts = allocate(choices * sizeof(int), "choices");
-    real *whole = allocate(n * V * sizeof(real), "logits"), *logits = allocate(n * V * sizeof(real), "logits");
+    const size_t choices =
+        (size_t)(c->num_hidden_layers * c->inner_iter * c->num_experts_per_tok) * n;
+    int *tokens = random_tokens(&m, n), *expected = allocate(choices * sizeof(int), "choices"),
+        *experts = allocate(choices * sizeof(int), "choices");
+    real *whole = allocate(n * V * sizeof(real), "logits"),
+         *logits = allocate(n * V * sizeof(real), "logits");
     State training = state_new(c, n, n, 1);
     run_pieces(&m, &training, tokens, n, 1, whole, expected);
     const size_t pieces[] = { 1, 2, 3, n };
@@ -260,7 +301,8 @@ static void test_pieces(int i) {
         State s = state_new(c, n, n + k, 0);            // also with room left over
         run_pieces(&m, &s, tokens, n, pieces[k], logits, experts);
         const double off = furthest(logits, whole, n * V);
-        check(off < 1e-10 && !memcmp(experts, expected, choices * sizeof(int)), "model %d, %zu tokens in %zu pieces: logits off by %g", i, n, pieces[k], off);
+        check(off < 1e-10 && !memcmp(experts, expected, choices * sizeof(int)),
+              "model %d, %zu tokens in %zu pieces: logits off by %g", i, n, pieces[k], off);
         state_free(&s);
     }
     state_free(&training);
@@ -268,15 +310,18 @@ static void test_pieces(int i) {
     model_free(&m);
 }
 
-// ---- batches and micro-batches -----------------------------------------------------------------------------
+// ---- batches and micro-batches ------------------------------------------------------------------
 
-// Compares gradients tensor by tensor, relative to the tensor's norm, with a floor for tensors whose gradient is rounding.
-static void compare_gradients(const Weights *a, const Weights *b, const char *what, int i, size_t k) {
+// Compares gradients tensor by tensor, relative to the tensor's norm, with a floor for tensors
+// whose gradient is rounding.
+static void compare_gradients(const Weights *a, const Weights *b, const char *what, int i,
+                              size_t k) {
     double all = 0, worst = 0;
     size_t at_worst = 0;
     char name[128];
     for (size_t t = 0; t < b->n_tensors; t++)
-        for (size_t j = 0; j < tensor_size(&b->tensor[t]); j++) all += pow((double)b->tensor[t].data[j], 2);
+        for (size_t j = 0; j < tensor_size(&b->tensor[t]); j++)
+            all += pow((double)b->tensor[t].data[j], 2);
     for (size_t t = 0; t < b->n_tensors; t++) {
         double off = 0, norm = 0;
         for (size_t j = 0; j < tensor_size(&b->tensor[t]); j++) {
@@ -284,7 +329,7 @@ static void compare_gradients(const Weights *a, const Weights *b, const char *wh
             norm += pow((double)b->tensor[t].data[j], 2);
         }
         off = sqrt(off) / (sqrt(norm) + 1e-6 * sqrt(all));
-        if (!(off <= worst)) { worst = off; at_worst = t; }
+        if (!(off <= worst)) { worst = larger(worst, off); at_worst = t; }
     }
     tensor_name(name, sizeof name, b, at_worst, 0);
     check(worst < 1e-9, "model %d, %s %zu: gradient of %s is off by %g", i, what, k, name, worst);
@@ -301,20 +346,24 @@ static void free_gradients(Weights *w) { release(block(w)); release(w->tensor); 
 
 static void test_batch(int i) {
     enum { B = 3 };
-    const size_t n = i % 6 == 4 ? 150 : 11;             // 450 rows are more than loss_of takes at once
+    const size_t n = i % 6 == 4 ? 150 : 11;     // 450 rows are more than loss_of takes at once
     Model m = random_model(i, 0);
     int *tokens = random_tokens(&m, B * n), *targets = random_tokens(&m, B * n);
     State s = state_new(&m.config, B * n, n, 1);
     Gradients g = gradients_new(&m.config, B * n, n);
     Weights whole = gradients_of(&m), alone = gradients_of(&m);
-    Loss loss = backward(&m, &whole, &s, &g, tokens, targets, B, n, 1.0 / (double)(B * n), 1), total = { 0, 0 };
+    Loss loss = backward(&m, &whole, &s, &g, tokens, targets, B, n, 1.0 / (double)(B * n), 1),
+         total = { 0, 0 };
     for (size_t b = 0; b < B; b++) {
-        Loss part = backward(&m, &alone, &s, &g, tokens + b * n, targets + b * n, 1, n, 1.0 / (double)(B * n), 1.0 / B);
+        Loss part = backward(&m, &alone, &s, &g, tokens + b * n, targets + b * n, 1, n,
+                             1.0 / (double)(B * n), 1.0 / B);
         total.loss += part.loss;
         total.aux += part.aux;
     }
-    check(fabs(loss.loss / total.loss - 1) < 1e-12 && fabs(loss.aux - total.aux) <= 1e-12 * loss.aux, "model %d, a batch: loss %.15g and %.15g, alone %.15g and %.15g",
-          i, loss.loss, loss.aux, total.loss, total.aux);
+    check(fabs(loss.loss / total.loss - 1) < 1e-12 &&
+              fabs(loss.aux - total.aux) <= 1e-12 * loss.aux,
+          "model %d, a batch: loss %.15g and %.15g, alone %.15g and %.15g", i, loss.loss, loss.aux,
+          total.loss, total.aux);
     compare_gradients(&alone, &whole, "sequences alone", i, B);
     free_gradients(&whole); free_gradients(&alone);
     release(tokens); release(targets); release(g.memory);
@@ -323,7 +372,8 @@ static void test_batch(int i) {
 }
 
 // One step of training as train() does it, from the model's weights, on `tokens`.
-static Run one_step(const Model *m, const int *tokens, size_t B, size_t n, int64_t micro, Loss *loss, double *norm) {
+static Run one_step(const Model *m, const int *tokens, size_t B, size_t n, int64_t micro,
+                    Loss *loss, double *norm) {
     Run run = { .model = *m };
     keys_init(recipe_keys, RECIPE_KEYS, &run.recipe);
     run.recipe.batch_size = (int64_t)B;
@@ -335,14 +385,16 @@ static Run one_step(const Model *m, const int *tokens, size_t B, size_t n, int64
     run.model.w = weights_layout(&m->config, m->coe_weights);
     weights_bind(&run.model.w, run.model.weights);
     make_room(&run);
-    run.data = (Data){ .recipe = &run.recipe, .train = { .tokens = (int *)tokens, .n = B * n + 1 } };
+    run.data =
+        (Data){ .recipe = &run.recipe, .train = { .tokens = (int *)tokens, .n = B * n + 1 } };
     *loss = train_step(&run, norm);
     return run;
 }
 
 static void free_run(Run *run) {
-    release(run->model.weights); release(run->model.w.tensor); release(run->grad); release(run->dw.tensor); release(run->m); release(run->v);
-    release(run->inputs); release(run->targets); release(run->window); release(run->g.memory);
+    release(run->model.weights); release(run->model.w.tensor); release(run->grad);
+    release(run->dw.tensor); release(run->m); release(run->v); release(run->inputs);
+    release(run->targets); release(run->window); release(run->g.memory);
     state_free(&run->state);
 }
 
@@ -357,8 +409,11 @@ static void test_micro_batches(int i) {
     for (size_t k = 0; k < 5; k++) {
         Run run = one_step(&m, tokens, B, n, sizes[k], &part, &part_norm);
         compare_gradients(&run.dw, &whole.dw, "micro-batches of", i, (size_t)sizes[k]);
-        check(fabs(part.loss / loss.loss - 1) < 1e-12 && fabs(part.aux - loss.aux) <= 1e-12 * loss.aux && fabs(part_norm / norm - 1) < 1e-9,
-              "model %d, micro-batches of %d: loss %.15g, not %.15g", i, (int)sizes[k], part.loss, loss.loss);
+        check(fabs(part.loss / loss.loss - 1) < 1e-12 &&
+                  fabs(part.aux - loss.aux) <= 1e-12 * loss.aux &&
+                  fabs(part_norm / norm - 1) < 1e-9,
+              "model %d, micro-batches of %d: loss %.15g, not %.15g", i, (int)sizes[k], part.loss,
+              loss.loss);
         free_run(&run);
     }
     free_run(&whole);
@@ -366,7 +421,7 @@ static void test_micro_batches(int i) {
     model_free(&m);
 }
 
-// ---- the optimizer ------------------------------------------------------------------------------------------
+// ---- the optimizer ------------------------------------------------------------------------------
 
 static void test_adamw(void) {
     enum { N = (1 << 14) + 77, STEPS = 6 };
@@ -378,7 +433,12 @@ static void test_adamw(void) {
         r.learning_rate = 0.01;
         r.warmup_steps = 3;
         r.lr_scheduler = 0;
-        if (kind == 1) { r.weight_decay = 0.3; r.adam_beta1 = 0.5; r.adam_beta2 = 0.999; r.adam_epsilon = 1e-3; }
+        if (kind == 1) {
+            r.weight_decay = 0.3;
+            r.adam_beta1 = 0.5;
+            r.adam_beta2 = 0.999;
+            r.adam_epsilon = 1e-3;
+        }
         if (kind == 2) { r.weight_decay = 0; r.adam_beta1 = 0; r.adam_beta2 = 0; }
         const double clip = kind == 1 ? 0.37 : 1;
         for (size_t i = 0; i < N; i++) {
@@ -396,17 +456,20 @@ static void test_adamw(void) {
                 const double gi = (double)g[i] * clip;
                 exact_m[i] = r.adam_beta1 * exact_m[i] + (1 - r.adam_beta1) * gi;
                 exact_v[i] = r.adam_beta2 * exact_v[i] + (1 - r.adam_beta2) * gi * gi;
-                const double m_hat = exact_m[i] / (1 - pow(r.adam_beta1, step + 1)), v_hat = exact_v[i] / (1 - pow(r.adam_beta2, step + 1));
-                exact_w[i] -= rate * r.weight_decay * exact_w[i] + rate * m_hat / (sqrt(v_hat) + r.adam_epsilon);
+                const double m_hat = exact_m[i] / (1 - pow(r.adam_beta1, step + 1)),
+                             v_hat = exact_v[i] / (1 - pow(r.adam_beta2, step + 1));
+                exact_w[i] -= rate * r.weight_decay * exact_w[i] +
+                              rate * m_hat / (sqrt(v_hat) + r.adam_epsilon);
             }
         }
         // Six steps, each a rounding of a weight up to 5 and of a change below 0.03.
-        for (size_t i = 0; i < N; i++) worst = fmax(worst, fabs((double)w[i] - exact_w[i]));
+        for (size_t i = 0; i < N; i++) worst = larger(worst, fabs((double)w[i] - exact_w[i]));
         check(worst < 40 * EPS, "AdamW, kind %d: off by %g", kind, worst);
     }
     double total = 0;
     for (size_t i = 0; i < N; i++) total += (double)g[i] * (double)g[i];
-    check(fabs(gradient_norm(g, N) / sqrt(total) - 1) < 2000 * EPS, "the norm of the gradient is %.9g, not %.9g", gradient_norm(g, N), sqrt(total));
+    check(fabs(gradient_norm(g, N) / sqrt(total) - 1) < 2000 * EPS,
+          "the norm of the gradient is %.9g, not %.9g", gradient_norm(g, N), sqrt(total));
 }
 
 static void test_learning_rate(void) {
@@ -422,20 +485,22 @@ static void test_learning_rate(void) {
         double worst = 0;
         for (int s = 0; s < 21; s++) {
             double rate = 0.5 * fmin(1, (s + 1) / warmup);
-            if (s >= warmup && r.lr_scheduler == 1) rate = 0.5 * (1 + cos(3.14159265358979324 * (s - warmup) / (21 - warmup))) / 2;
-            worst = fmax(worst, fabs(learning_rate(&r, s) - rate));
+            if (s >= warmup && r.lr_scheduler == 1)
+                rate = 0.5 * (1 + cos(3.14159265358979324 * (s - warmup) / (21 - warmup))) / 2;
+            worst = larger(worst, fabs(learning_rate(&r, s) - rate));
         }
         check(worst < 1e-15, "learning rate, kind %d: off by %g", kind, worst);
     }
     r.warmup_steps = 0;
-    check(learning_rate(&r, 0) == 0.5 && learning_rate(&r, 21) < 1e-15, "no warm-up; the cosine ends at 0");
+    check(learning_rate(&r, 0) == 0.5 && learning_rate(&r, 21) < 1e-15,
+          "no warm-up; the cosine ends at 0");
 }
 
-// ---- threads ------------------------------------------------------------------------------------------------
+// ---- threads ------------------------------------------------------------------------------------
 
 // Everything that a step of training and a few tokens of generating compute, as bytes.
 static char *work(const Model *m, const int *tokens, int threads, size_t *bytes) {
-    enum { B = 2, n = 201, GENERATED = 3 };             // 402 rows are more than loss_of takes at once
+    enum { B = 2, n = 201, GENERATED = 3 };     // 402 rows are more than loss_of takes at once
     const size_t V = (size_t)m->config.vocab_size, size = m->w.size;
     set_threads(threads);
     double norm;
@@ -470,7 +535,8 @@ static void test_threads(int i) {
     static const int counts[] = { 1, 2, 3, 7 };
     for (size_t k = 0; k < 4; k++) {
         char *many = work(&m, tokens, counts[k], &again);
-        check(bytes == again && !memcmp(one, many, bytes), "model %d: other bytes with %d threads", i, counts[k]);
+        check(bytes == again && !memcmp(one, many, bytes), "model %d: other bytes with %d threads",
+              i, counts[k]);
         release(many);
     }
     set_threads(1);
@@ -493,7 +559,8 @@ static void test_used_before(int i) {
         state_free(&s);
         release(g.memory);
     }
-    check(!memcmp(block(&first), block(&second), m.w.size * sizeof(real)), "model %d: other gradients in memory that was used before", i);
+    check(!memcmp(block(&first), block(&second), m.w.size * sizeof(real)),
+          "model %d: other gradients in memory that was used before", i);
     free_gradients(&first); free_gradients(&second); free_gradients(&unused);
     release(tokens);
     model_free(&m);

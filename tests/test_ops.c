@@ -1,10 +1,11 @@
-// Tests of the operations that coe.c is made of: each against the plain loop or formula that defines it.
+// Tests of the operations that coe.c is made of: each against the plain loop or formula that
+// defines it.
 //
 //     cc -O3 -march=native -fopenmp -o build/test_ops tests/test_ops.c -lm && build/test_ops
 //
 // With -DREAL=double the same again in double, as the gradient check compiles it. The last line is
-// "N passed, N failed". Numbers that must only be near have a bound that follows from the rounding of
-// one operation, not from experience, so nothing here depends on the machine.
+// "N passed, N failed". Numbers that must only be near have a bound that follows from the rounding
+// of one operation, not from experience, so nothing here depends on the machine.
 #include "../coe.c"
 #include <float.h>
 #include <sys/wait.h>
@@ -30,10 +31,19 @@ static void check(int ok, const char *format, ...) {
     failed++;
 }
 
-static size_t random_size(size_t least, size_t most) { return least + (size_t)(rng_next(&rng) % (most - least + 1)); }
-static void fill(real *x, size_t n) { for (size_t i = 0; i < n; i++) x[i] = (real)rng_normal(&rng); }
+// The larger of two errors, and infinity once there was a NaN.
+static double larger(double worst, double error) {
+    return error <= worst ? worst : isnan(error) ? INFINITY : error;
+}
 
-// ---- sizes and random numbers ---------------------------------------------------------------------------
+static size_t random_size(size_t least, size_t most) {
+    return least + (size_t)(rng_next(&rng) % (most - least + 1));
+}
+static void fill(real *x, size_t n) {
+    for (size_t i = 0; i < n; i++) x[i] = (real)rng_normal(&rng);
+}
+
+// ---- sizes and random numbers -------------------------------------------------------------------
 
 // The exit code of a child that multiplies or adds two sizes.
 static int exit_code(size_t (*operation)(size_t, size_t), size_t a, size_t b) {
@@ -66,10 +76,12 @@ static void test_sizes(void) {
 
 static void test_random(void) {
     // The published outputs of splitmix64 from the state 1234567.
-    static const uint64_t expected[] = { 6457827717110365317u, 3203168211198807973u, 9817491932198370423u,
-                                         4593380528125082431u, 16408922859458223821u };
+    static const uint64_t expected[] = { 6457827717110365317u, 3203168211198807973u,
+                                         9817491932198370423u, 4593380528125082431u,
+                                         16408922859458223821u };
     uint64_t state = 1234567;
-    for (size_t i = 0; i < 5; i++) check(rng_next(&state) == expected[i], "splitmix64, number %zu", i);
+    for (size_t i = 0; i < 5; i++)
+        check(rng_next(&state) == expected[i], "splitmix64, number %zu", i);
     double mean = 0, square = 0, low = 1, high = 0;
     enum { N = 100000 };
     for (int i = 0; i < N; i++) {
@@ -80,27 +92,31 @@ static void test_random(void) {
         square += x * x / N;
     }
     check(low >= 0 && low < 1e-3 && high < 1 && high > 1 - 1e-3, "uniform in [%g, %g]", low, high);
-    check(fabs(mean) < 5 / sqrt(N) && fabs(square - 1) < 5 * sqrt(2.0 / N),      // 5 standard deviations
+    // 5 standard deviations of each
+    check(fabs(mean) < 5 / sqrt(N) && fabs(square - 1) < 5 * sqrt(2.0 / N),
           "normal: mean %g, variance %g", mean, square);
 }
 
-// ---- matrix products ------------------------------------------------------------------------------------
+// ---- matrix products ----------------------------------------------------------------------------
 
-// A matrix of exactly the memory it needs: the last row has no gap behind it, so the address sanitizer sees
-// what goes beyond. Other gaps hold NaN: who reads there spoils the result, who writes there is found.
+// A matrix of exactly the memory it needs: the last row has no gap behind it, so the address
+// sanitizer sees what goes beyond. Other gaps hold NaN: who reads there spoils the result, who
+// writes there is found.
 typedef struct { real *x; size_t rows, cols, ld; } Matrix;
 
 static Matrix matrix(size_t rows, size_t cols, size_t gap) {
-    Matrix m = { malloc(((rows - 1) * (cols + gap) + cols) * sizeof(real)), rows, cols, cols + gap };
-    for (size_t i = 0; i < (rows - 1) * m.ld + cols; i++) m.x[i] = i % m.ld < cols ? (real)rng_normal(&rng) : (real)NAN;
+    Matrix m = { malloc(((rows - 1) * (cols + gap) + cols) * sizeof(real)), rows, cols,
+                 cols + gap };
+    for (size_t i = 0; i < (rows - 1) * m.ld + cols; i++)
+        m.x[i] = i % m.ld < cols ? (real)rng_normal(&rng) : (real)NAN;
     return m;
 }
 
-// Compares c with c0 + a b (c0 only with `add`), where a is read at a[i * ai + k * ak] and b at b[k * bk + j * bj].
-// A sum of K products in any order is within (K + 1) eps / 2 times the sum of their sizes; twice that allows for a
-// long double that is no longer than a double.
-static double worst_error(Matrix c, const real *c0, const real *a, size_t ai, size_t ak, const real *b, size_t bk, size_t bj,
-                          size_t K, int add) {
+// Compares c with c0 + a b (c0 only with `add`), where a is read at a[i * ai + k * ak] and b at b[k
+// * bk + j * bj]. A sum of K products in any order is within (K + 1) eps / 2 times the sum of their
+// sizes; twice that allows for a long double that is no longer than a double.
+static double worst_error(Matrix c, const real *c0, const real *a, size_t ai, size_t ak,
+                          const real *b, size_t bk, size_t bj, size_t K, int add) {
     double worst = 0;
     for (size_t i = 0; i < c.rows; i++) {
         for (size_t j = 0; j < c.cols; j++) {
@@ -110,17 +126,20 @@ static double worst_error(Matrix c, const real *c0, const real *a, size_t ai, si
                 total += term;
                 sizes += fabsl(term);
             }
-            double error = (double)(fabsl(c.x[i * c.ld + j] - total) / ((long double)(K + 2) * EPS * sizes));
-            worst = error <= worst ? worst : error;     // NaN is the worst
+            double error =
+                (double)(fabsl(c.x[i * c.ld + j] - total) / ((long double)(K + 2) * EPS * sizes));
+            worst = larger(worst, error);
         }
-        for (size_t j = c.cols; j < c.ld && i + 1 < c.rows; j++) if (!isnan(c.x[i * c.ld + j])) worst = INFINITY;
+        for (size_t j = c.cols; j < c.ld && i + 1 < c.rows; j++)
+            if (!isnan(c.x[i * c.ld + j])) worst = INFINITY;
     }
     return worst;
 }
 
 // The three forms, with matrices of these sizes: x (n, in), w (out, in), y (n, out).
 static void test_products(size_t n, size_t in, size_t out, size_t gap, int add) {
-    Matrix x = matrix(n, in, gap), w = matrix(out, in, gap ? gap + 1 : 0), y = matrix(n, out, gap ? gap + 2 : 0);
+    Matrix x = matrix(n, in, gap), w = matrix(out, in, gap ? gap + 1 : 0),
+           y = matrix(n, out, gap ? gap + 2 : 0);
     for (int form = 0; form < 3; form++) {
         Matrix *c = form == 0 ? &y : form == 1 ? &x : &w;
         const size_t bytes = ((c->rows - 1) * c->ld + c->cols) * sizeof(real);
@@ -146,20 +165,27 @@ static void test_products(size_t n, size_t in, size_t out, size_t gap, int add) 
 }
 
 static void test_matmul(void) {
-    // Edges of the kernel: tiles of 6 rows, vectors of 4 to 16, panels 256 deep, blocks of 192 rows.
-    static const size_t sizes[][3] = { { 1, 1, 1 }, { 3, 600, 5 }, { 4, 257, 16 }, { 6, 64, 64 }, { 7, 300, 33 }, { 13, 513, 70 },
-                                       { 193, 31, 65 }, { 400, 17, 3 }, { 5, 256, 129 }, { 257, 260, 66 } };
+    // Edges of the kernel: tiles of 6 rows, vectors of 4 to 16, panels 256 deep, blocks of 192
+    // rows.
+    static const size_t sizes[][3] = { { 1, 1, 1 },     { 3, 600, 5 },  { 4, 257, 16 },
+                                       { 6, 64, 64 },   { 7, 300, 33 }, { 13, 513, 70 },
+                                       { 193, 31, 65 }, { 400, 17, 3 }, { 5, 256, 129 },
+                                       { 257, 260, 66 } };
     for (size_t i = 0; i < sizeof sizes / sizeof *sizes; i++)
-        for (int k = 0; k < 4; k++) test_products(sizes[i][0], sizes[i][1], sizes[i][2], k % 2 ? 3 : 0, k / 2);
-    for (int i = 0; i < 60; i++) test_products(random_size(1, 70), random_size(1, 70), random_size(1, 70), random_size(0, 1) * random_size(1, 9), i % 2);
+        for (int k = 0; k < 4; k++)
+            test_products(sizes[i][0], sizes[i][1], sizes[i][2], k % 2 ? 3 : 0, k / 2);
+    for (int i = 0; i < 60; i++)
+        test_products(random_size(1, 70), random_size(1, 70), random_size(1, 70),
+                      random_size(0, 1) * random_size(1, 9), i % 2);
     for (size_t n = 1; n < 4; n++)                      // few rows take another way
         for (size_t in = 1; in < 40; in += 6)
             for (size_t out = 1; out < 8; out++) test_products(n, in, out, 0, out % 2);
 }
 
-// c is summed in one fixed order: the same bits with any number of threads, and in a product of fewer rows or columns.
+// c is summed in one fixed order: the same bits with any number of threads, and in a product of
+// fewer rows or columns.
 static void test_same_bits(void) {
-    enum { M = 300, N = 210, K = 300 };
+    enum { M = 300, N = 210, K = 301 };
     Matrix a = matrix(M, K, 0), b = matrix(N, K, 0), c = matrix(M, N, 0), other = matrix(M, N, 0);
     set_threads(1);
     matmul_nt(c.x, N, a.x, K, b.x, K, M, K, N, 0);
@@ -167,20 +193,24 @@ static void test_same_bits(void) {
         set_threads(threads);
         memset(other.x, 0, M * N * sizeof(real));
         matmul_nt(other.x, N, a.x, K, b.x, K, M, K, N, 0);
-        check(!memcmp(other.x, c.x, M * N * sizeof(real)), "a product with %d threads has other bits", threads);
+        check(!memcmp(other.x, c.x, M * N * sizeof(real)),
+              "a product with %d threads has other bits", threads);
         real few[2][2 * N];
         for (int i = 0; i < 2; i++) {
             set_threads(i ? threads : 1);
             matmul_nt(few[i], N, a.x, K, b.x, K, 2, K, N, 0);
         }
-        check(!memcmp(few[0], few[1], sizeof few[0]), "a product of few rows with %d threads has other bits", threads);
+        check(!memcmp(few[0], few[1], sizeof few[0]),
+              "a product of few rows with %d threads has other bits", threads);
     }
     set_threads(1);
     for (int i = 0; i < 40; i++) {
-        const size_t row = random_size(0, M - 20), rows = random_size(4, 20), col = random_size(0, N - 90), cols = random_size(1, 90);
+        const size_t row = random_size(0, M - 20), rows = random_size(4, 20),
+                     col = random_size(0, N - 90), cols = random_size(1, 90);
         matmul_nt(other.x, cols, a.x + row * K, K, b.x + col * K, K, rows, K, cols, 0);
         int same = 1;
-        for (size_t k = 0; k < rows; k++) same &= !memcmp(other.x + k * cols, c.x + (row + k) * N + col, cols * sizeof(real));
+        for (size_t k = 0; k < rows; k++)
+            same &= !memcmp(other.x + k * cols, c.x + (row + k) * N + col, cols * sizeof(real));
         check(same, "%zu x %zu of a product, computed alone, have other bits", rows, cols);
     }
     free(a.x); free(b.x); free(c.x); free(other.x);
@@ -200,26 +230,29 @@ static void test_linear(void) {
         for (size_t t = 0; t < n; t++)
             for (size_t i = 0; i < out; i++) {
                 double total = with_bias ? (double)bias[i] : 0;
-                for (size_t k = 0; k < in; k++) total += (double)x[t * in + k] * (double)w[(2 * out + i) * in + k];
-                worst = fmax(worst, fabs(y[t * out + i] - total));
+                for (size_t k = 0; k < in; k++)
+                    total += (double)x[t * in + k] * (double)w[(2 * out + i) * in + k];
+                worst = larger(worst, fabs(y[t * out + i] - total));
             }
-        check(worst < 100 * EPS, "linear %s bias: off by %g", with_bias ? "with" : "without", worst);   // sums of size 5
+        // sums of size 5, with some 20 roundings
+        check(worst < 100 * EPS, "linear %s bias: off by %g", with_bias ? "with" : "without",
+              worst);
     }
 }
 
-// ---- exponentials and norms --------------------------------------------------------------------------------
+// ---- exponentials and norms ---------------------------------------------------------------------
 
 static void test_exp(void) {
     double worst = 0, at_worst = 0;
     const uint32_t end = 0x42AE0000;                    // the bits of 87.0f
     for (uint32_t sign = 0; sign < 2; sign++)
-        for (uint32_t i = 0; i <= end; i += 997) {      // a prime: every exponent, all kinds of low bits
+        for (uint32_t i = 0; i <= end; i += 997) {      // a prime: all kinds of low bits
             uint32_t bits = i | sign << 31;
             float x;
             memcpy(&x, &bits, sizeof x);
             double exact = exp((double)x), ulp = ldexp(EPS, ilogb(exact));
             double error = fabs((double)exp_fast((real)x) - exact) / ulp;
-            if (!(error <= worst)) { worst = error; at_worst = (double)x; }
+            if (!(error <= worst)) { worst = larger(worst, error); at_worst = (double)x; }
         }
     check(worst <= 3, "exp_fast(%.9g) is off by %.2f units in the last place", at_worst, worst);
     check(exp_fast(0) == 1, "exp_fast(0) is %.9g", (double)exp_fast(0));
@@ -227,27 +260,32 @@ static void test_exp(void) {
 #ifdef REAL_IS_FLOAT                                    // in double it is libm's
     const float far[] = { 87.5f, 89, 1000, FLT_MAX, INFINITY };
     for (int i = 0; i < 5; i++) {
-        check(isfinite(exp_fast(far[i])) && exp_fast(far[i]) >= exp_fast(86.9f), "exp_fast(%g) is %g", far[i], exp_fast(far[i]));
-        check(exp_fast(-far[i]) > 0 && exp_fast(-far[i]) <= exp_fast(-86.9f), "exp_fast(%g) is %g", -far[i], exp_fast(-far[i]));
+        check(isfinite(exp_fast(far[i])) && exp_fast(far[i]) >= exp_fast(86.9f),
+              "exp_fast(%g) is %g", far[i], exp_fast(far[i]));
+        check(exp_fast(-far[i]) > 0 && exp_fast(-far[i]) <= exp_fast(-86.9f), "exp_fast(%g) is %g",
+              -far[i], exp_fast(-far[i]));
     }
 #endif
     worst = 0;
     for (double x = -80; x <= 80; x += 0.37) {
         const real z = (real)x, two = 2;
         real act;
-        double exact = 1 / (1 + exp(-(double)z));
-        worst = fmax(worst, fabs((double)sigmoid(z) - exact) / exact);
+        double exact = 1 / (1 + exp(-(double)z)), product = 2 * (double)z * exact;
+        worst = larger(worst, fabs((double)sigmoid(z) - exact) / exact);
         swiglu(&act, &z, &two, 1);
-        worst = fmax(worst, fabs((double)act - 2 * (double)z * exact) / fabs(2 * (double)z * exact));
+        worst = larger(worst, fabs((double)act - product) / fabs(product));
     }
-    check(worst < 6 * EPS, "sigmoid and swiglu are off by %.2g", worst);        // exp 3, then at most 4 roundings of half
-    check(sigmoid(1000) == 1 && sigmoid(-1000) >= 0 && sigmoid(-1000) < (real)1e-37, "sigmoid far out");
+    // exp_fast 3, then at most 4 roundings of half a unit
+    check(worst < 6 * EPS, "sigmoid and swiglu are off by %.2g", worst);
+    check(sigmoid(1000) == 1 && sigmoid(-1000) >= 0 && sigmoid(-1000) < (real)1e-37,
+          "sigmoid far out");
 }
 
 static void test_softmax(void) {
     for (size_t n = 1; n <= 100; n += n < 20 ? 1 : 13)
         for (int kind = 0; kind < 4; kind++) {
-            const real scale = kind == 0 ? 1 : (real)(0.1 + 3 * rng_uniform(&rng)), offset = kind == 2 ? (real)1e4 : 0;
+            const real scale = kind == 0 ? 1 : (real)(0.1 + 3 * rng_uniform(&rng)),
+                       offset = kind == 2 ? (real)1e4 : 0;
             real x[100], y[100];
             fill(x, n);
             for (size_t i = 0; i < n; i++) y[i] = x[i] = kind == 3 ? 5 : 4 * x[i] + offset;
@@ -257,19 +295,25 @@ static void test_softmax(void) {
             for (size_t i = 0; i < n; i++) max = fmax(max, (double)scale * (double)x[i]);
             for (size_t i = 0; i < n; i++) total += exp((double)scale * (double)x[i] - max);
             for (size_t i = 0; i < n; i++) {
-                // exp_fast 3, the rounding of its argument at most |argument|, the sum and the division n + 1
+                // exp_fast 3, the rounding of its argument at most |argument|, the sum and the
+                // division n + 1
                 double exact = exp((double)scale * (double)x[i] - max) / total;
                 double bound = EPS * (3 + 100 + (double)n + 1);
-                worst = fmax(worst, fabs((double)y[i] - exact) / (exact * bound + 1e-37));
+                worst = larger(worst, fabs((double)y[i] - exact) / (exact * bound + 1e-37));
                 sum_y += (double)y[i];
             }
-            check(worst <= 1 && fabs(sum_y - 1) < EPS * (double)(n + 4), "softmax of %zu, kind %d: %g times the bound, sum %.9g", n, kind, worst, sum_y);
-            check(fabs((double)log_sum - max - log(total)) <= EPS * (fabs(max) + (double)n + 10), "log sum of %zu, kind %d: %.9g", n, kind, (double)log_sum);
-            if (kind == 3) for (size_t i = 1; i < n; i++) if (y[i] != y[0]) { check(0, "softmax of equals is not equal"); break; }
+            check(worst <= 1 && fabs(sum_y - 1) < EPS * (double)(n + 4),
+                  "softmax of %zu, kind %d: %g times the bound, sum %.9g", n, kind, worst, sum_y);
+            check(fabs((double)log_sum - max - log(total)) <= EPS * (fabs(max) + (double)n + 10),
+                  "log sum of %zu, kind %d: %.9g", n, kind, (double)log_sum);
+            int equal = 1;
+            for (size_t i = 1; i < n; i++) equal &= y[i] == y[0];
+            check(kind != 3 || equal, "softmax of %zu equal numbers is not equal", n);
         }
     real x[3] = { (real)-1e30, 0, (real)1e30 };
     softmax(x, 3, 1, NULL);
-    check(x[2] == 1 && x[0] >= 0 && x[0] < (real)1e-37 && x[1] < (real)1e-37, "softmax of far numbers is %g %g %g", (double)x[0], (double)x[1], (double)x[2]);
+    check(x[2] == 1 && x[0] >= 0 && x[0] < (real)1e-37 && x[1] < (real)1e-37,
+          "softmax of far numbers is %g %g %g", (double)x[0], (double)x[1], (double)x[2]);
 }
 
 static void test_rmsnorm(void) {
@@ -285,11 +329,14 @@ static void test_rmsnorm(void) {
             double worst = 0;
             for (size_t i = 0; i < n; i++) {
                 double square = 0;
-                for (size_t k = 0; k < d; k++) square += (double)x.x[i * x.ld + k] * (double)x.x[i * x.ld + k];
-                double scale = 1 / sqrt(square / (double)d + (double)eps);
-                if (kept) worst = fmax(worst, fabs(inverse[i] / scale - 1));
                 for (size_t k = 0; k < d; k++)
-                    worst = fmax(worst, fabs(y.x[i * y.ld + k] / ((double)w[k] * (double)x.x[i * x.ld + k] * scale) - 1));
+                    square += (double)x.x[i * x.ld + k] * (double)x.x[i * x.ld + k];
+                double scale = 1 / sqrt(square / (double)d + (double)eps);
+                if (kept) worst = larger(worst, fabs(inverse[i] / scale - 1));
+                for (size_t k = 0; k < d; k++) {
+                    double exact = (double)w[k] * (double)x.x[i * x.ld + k] * scale;
+                    worst = larger(worst, fabs(y.x[i * y.ld + k] / exact - 1));
+                }
             }
             check(worst < EPS * (double)(d + 8) / 2, "rmsnorm of %zu is off by %g", d, worst);
             free(x.x); free(y.x);
@@ -299,12 +346,13 @@ static void test_rmsnorm(void) {
         fill(x, n);
         fill(y, n);
         double exact = 0, sizes = 0;
-        for (size_t i = 0; i < n; i++) exact += (double)x[i] * (double)y[i], sizes += fabs((double)x[i] * (double)y[i]);
+        for (size_t i = 0; i < n; i++)
+            exact += (double)x[i] * (double)y[i], sizes += fabs((double)x[i] * (double)y[i]);
         check(fabs((double)dot(x, y, n) - exact) <= EPS * (double)(n + 2) * sizes, "dot of %zu", n);
     }
 }
 
-// ---- rotations --------------------------------------------------------------------------------------------
+// ---- rotations ----------------------------------------------------------------------------------
 
 // A small config; what the tests do not name keeps the table's value.
 static Config small_config(void) {
@@ -319,13 +367,20 @@ static Config small_config(void) {
 static const double PI = 3.14159265358979324;
 
 // g(m) of YaRN: a temperature that grows with the logarithm of the stretching.
-static double temperature(double factor, double m) { return factor > 1 ? 0.1 * m * log(factor) + 1 : 1; }
+static double temperature(double factor, double m) {
+    return factor > 1 ? 0.1 * m * log(factor) + 1 : 1;
+}
 
 static void test_rope(void) {
     // type, factor, original context, beta_fast, beta_slow, mscale, mscale_all_dim, theta
-    static const double cases[][8] = { { 0, 1, 4096, 32, 1, 1, 0, 10000 }, { 1, 3.5, 4096, 32, 1, 1, 0, 10000 },
-        { 2, 40, 4096, 32, 1, 0.707, 0.707, 10000 }, { 2, 40, 4096, 32, 1, 1, 0, 10000 }, { 2, 4, 100, 8, 2, 0.707, 1, 500 },
-        { 2, 1, 16, 32, 1, 1, 0.707, 1e6 }, { 2, 8, 8, 2, 2, 1, 0, 500 }, { 2, 4, 4096, 32, 1, 1, 0, 10 } };
+    static const double cases[][8] = { { 0, 1, 4096, 32, 1, 1, 0, 10000 },
+                                       { 1, 3.5, 4096, 32, 1, 1, 0, 10000 },
+                                       { 2, 40, 4096, 32, 1, 0.707, 0.707, 10000 },
+                                       { 2, 40, 4096, 32, 1, 1, 0, 10000 },
+                                       { 2, 4, 100, 8, 2, 0.707, 1, 500 },
+                                       { 2, 1, 16, 32, 1, 1, 0.707, 1e6 },
+                                       { 2, 8, 8, 2, 2, 1, 0, 500 },
+                                       { 2, 4, 4096, 32, 1, 1, 0, 10 } };
     for (size_t k = 0; k < sizeof cases / sizeof *cases; k++) {
         const double *o = cases[k], dim = 24, factor = o[1];
         Config c = small_config();
@@ -344,19 +399,25 @@ static void test_rope(void) {
         low = fmax(low, 0);
         high = fmin(high, dim - 1);
         if (high == low) high += 0.001;
-        double worst = 0, magnitude = o[0] == 2 ? temperature(factor, o[5]) / temperature(factor, o[6]) : 1;
+        double worst = 0;
+        const double magnitude =
+            o[0] == 2 ? temperature(factor, o[5]) / temperature(factor, o[6]) : 1;
         for (size_t p = 0; p < 65; p++)
             for (size_t i = 0; i < 12; i++) {
-                double omega = pow(o[7], -2.0 * (double)i / dim), position = o[0] == 1 ? (double)p / factor : (double)p;
+                double omega = pow(o[7], -2.0 * (double)i / dim);
+                double position = o[0] == 1 ? (double)p / factor : (double)p;
                 double ramp = fmin(fmax(((double)i - low) / (high - low), 0), 1);
                 if (o[0] == 2) omega = omega / factor * ramp + omega * (1 - ramp);
-                double angle = position * omega, bound = magnitude * (2 * FLT_EPSILON * angle + 2 * FLT_EPSILON);     // angles are floats
-                worst = fmax(worst, fabs((double)s.cos[p * 12 + i] - magnitude * cos(angle)) / bound);
-                worst = fmax(worst, fabs((double)s.sin[p * 12 + i] - magnitude * sin(angle)) / bound);
+                double angle = position * omega;
+                double bound = magnitude * 2 * FLT_EPSILON * (angle + 1);       // angles are floats
+                double c_off = fabs((double)s.cos[p * 12 + i] - magnitude * cos(angle));
+                double s_off = fabs((double)s.sin[p * 12 + i] - magnitude * sin(angle));
+                worst = larger(larger(worst, c_off / bound), s_off / bound);
             }
         check(worst <= 1, "rotation table, case %zu: %g times the bound", k, worst);
         double scale = pow(temperature(factor, o[6]), 2) / sqrt((double)c.qk_nope_head_dim + dim);
-        check(fabs((double)attention_scale(&c) / scale - 1) < 2 * EPS, "attention scale, case %zu: %.9g", k, (double)attention_scale(&c));
+        check(fabs((double)attention_scale(&c) / scale - 1) < 2 * EPS,
+              "attention scale, case %zu: %.9g", k, (double)attention_scale(&c));
 
         real x[24], y[24];
         fill(x, 24);
@@ -364,18 +425,20 @@ static void test_rope(void) {
         rope(y, &s, 40, 24, 1);
         worst = 0;
         for (size_t i = 0; i < 12; i++) {       // neighbours are the parts of a complex number
-            double a = (double)x[2 * i], b = (double)x[2 * i + 1], co = (double)s.cos[40 * 12 + i], si = (double)s.sin[40 * 12 + i];
-            worst = fmax(worst, fabs((double)y[2 * i] - (a * co - b * si)));
-            worst = fmax(worst, fabs((double)y[2 * i + 1] - (a * si + b * co)));
+            double a = (double)x[2 * i], b = (double)x[2 * i + 1];
+            double co = (double)s.cos[40 * 12 + i], si = (double)s.sin[40 * 12 + i];
+            worst = larger(worst, fabs((double)y[2 * i] - (a * co - b * si)));
+            worst = larger(worst, fabs((double)y[2 * i + 1] - (a * si + b * co)));
         }
         rope(y, &s, 40, 24, -1);                // back, but for the magnitude, which is there twice
-        for (size_t i = 0; i < 24; i++) worst = fmax(worst, fabs((double)y[i] - (double)x[i] * magnitude * magnitude));
+        for (size_t i = 0; i < 24; i++)
+            worst = larger(worst, fabs((double)y[i] - (double)x[i] * magnitude * magnitude));
         check(worst < 20 * EPS, "rope, case %zu: off by %g", k, worst);
         state_free(&s);
     }
 }
 
-// ---- the choice of experts --------------------------------------------------------------------------------
+// ---- the choice of experts ----------------------------------------------------------------------
 
 // How many of x (n) come before number i: larger ones, and equal ones with a lower index.
 static size_t rank(const real *x, size_t n, size_t i) {
@@ -393,19 +456,23 @@ static void compare_choice(const real *s, const Config *c, const char *what) {
     double total = 1e-20;
     for (size_t g = 0; g < groups; g++) {
         best[g] = s[g * size];
-        for (size_t i = 0; i < size; i++) best[g] = s[g * size + i] > best[g] ? s[g * size + i] : best[g];
+        for (size_t i = 0; i < size; i++)
+            best[g] = s[g * size + i] > best[g] ? s[g * size + i] : best[g];
     }
     for (size_t e = 0; e < E; e++)
-        allowed[e] = !c->topk_method || rank(best, groups, e / size) < (size_t)c->topk_group ? s[e] : 0;
+        allowed[e] =
+            !c->topk_method || rank(best, groups, e / size) < (size_t)c->topk_group ? s[e] : 0;
     for (size_t e = 0; e < E; e++) if (rank(allowed, E, e) < K) total += (double)allowed[e];
     choose(expert, weight, s, c);
     int same = 1;
     for (size_t k = 0; k < K; k++) {
         same &= expert[k] >= 0 && (size_t)expert[k] < E && rank(allowed, E, (size_t)expert[k]) == k;
-        double exact = (double)allowed[expert[k]] * (c->norm_topk_prob && K > 1 ? 1 / total : c->routed_scaling_factor);
+        double exact = (double)allowed[expert[k]] *
+                       (c->norm_topk_prob && K > 1 ? 1 / total : c->routed_scaling_factor);
         same &= fabs((double)weight[k] - exact) <= (double)(K + 3) * EPS * exact;
     }
-    check(same, "choose: %s, E %zu, K %zu, groups %zu of %zu", what, E, K, (size_t)c->topk_group, groups);
+    check(same, "choose: %s, E %zu, K %zu, groups %zu of %zu", what, E, K, (size_t)c->topk_group,
+          groups);
 }
 
 static void test_choose(void) {
@@ -414,18 +481,21 @@ static void test_choose(void) {
     unsigned char taken[5] = { 0, 1, 0, 0, 0 };
     int order[4];
     for (int i = 0; i < 4; i++) order[i] = take_largest(x, taken, 5);
-    check(order[0] == 2 && order[1] == 4 && order[2] == 3 && order[3] == 0, "take_largest: %d %d %d %d", order[0], order[1], order[2], order[3]);
+    check(order[0] == 2 && order[1] == 4 && order[2] == 3 && order[3] == 0,
+          "take_largest: %d %d %d %d", order[0], order[1], order[2], order[3]);
     for (int i = 0; i < 400; i++) {
         const size_t groups = random_size(1, 6), size = random_size(1, 6), E = groups * size;
         c.topk_method = i % 2;
         c.n_routed_experts = (int64_t)E;
         c.n_group = c.topk_method ? (int64_t)groups : 1;
         c.topk_group = c.topk_method ? (int64_t)random_size(1, groups) : 1;
-        c.num_experts_per_tok = (int64_t)random_size(1, c.topk_method ? (size_t)c.topk_group * size : E);
+        c.num_experts_per_tok =
+            (int64_t)random_size(1, c.topk_method ? (size_t)c.topk_group * size : E);
         c.norm_topk_prob = i / 2 % 2;
         c.routed_scaling_factor = i % 3 ? 1 : 2.5;
         // Every third time scores have ties; a group that may be chosen always scores something.
-        for (size_t e = 0; e < E; e++) s[e] = i % 3 ? (real)rng_uniform(&rng) : (real)random_size(1, 3) / 8;
+        for (size_t e = 0; e < E; e++)
+            s[e] = i % 3 ? (real)rng_uniform(&rng) : (real)random_size(1, 3) / 8;
         compare_choice(s, &c, i % 3 ? "random scores" : "ties");
         if (i % 50 < 2) {
             for (size_t e = 0; e < E; e++) s[e] = 0;
@@ -436,10 +506,12 @@ static void test_choose(void) {
     }
 }
 
-// ---- sampler ----------------------------------------------------------------------------------------------
+// ---- sampler ------------------------------------------------------------------------------------
 
 enum { V = 14 };
-static const real some_logits[V] = { 1, 2, (real)1.5, 1, -1, 1, (real)-0.5, (real)0.25, 1, -3, (real)0.3, -2, (real)1.75, (real)-0.1 };
+static const real some_logits[V] = {
+    1, 2, 1.5, 1, -1, 1, -0.5, 0.25, 1, -3, 0.375, -2, 1.75, -0.125
+};
 
 // The distribution that the comment in coe.c [12] describes, said with ranks instead of sorting.
 static void distribution(double *p, const Sampler *o, const unsigned char *seen) {
@@ -470,7 +542,8 @@ static void distribution(double *p, const Sampler *o, const unsigned char *seen)
     for (size_t i = 0; i < V; i++) p[i] /= part;
 }
 
-// Draws `draws` times and compares with the distribution by chi-square; a correct sampler fails once in a million.
+// Draws `draws` times and compares with the distribution by chi-square; a correct sampler fails
+// once in a million.
 static void test_frequencies(Sampler o, int draws, int use_seen) {
     static const unsigned char occurred[V] = { 0, 1, 0, 0, 1, 1, 0, 0, 0, 1, 0, 0, 0, 1 };
     const unsigned char *seen = use_seen ? occurred : NULL;
@@ -486,15 +559,25 @@ static void test_frequencies(Sampler o, int draws, int use_seen) {
     for (int i = 0; i < V; i++) {
         const double expected = p[i] * draws;
         wrong += p[i] == 0 && count[i];
-        if (expected < 8) { rest += expected; counted_rest += count[i]; continue; }     // too few for the formula: all together
+        if (expected < 8) {
+            rest += expected;
+            counted_rest += count[i];
+            continue;
+        } // too few for the formula: all together
         chi += (count[i] - expected) * (count[i] - expected) / expected;
         freedom++;
     }
     if (rest >= 8) { chi += (counted_rest - rest) * (counted_rest - rest) / rest; freedom++; }
-    // Wilson and Hilferty: the cube root of chi-square over its degrees of freedom is nearly normal. 4.75 is one in a million.
-    const double limit = freedom > 0 ? freedom * pow(1 - 2 / (9 * freedom) + 4.75 * sqrt(2 / (9 * freedom)), 3) : 1e-9;
-    check(!wrong && chi <= limit, "sampler: temperature %g, top-k %d, top-p %g, min-p %g, penalty %g: chi-square %.1f of %.0f, limit %.1f, %d filtered tokens drawn",
-          o.temperature, (int)o.top_k, o.top_p, o.min_p, seen ? o.repetition_penalty : 1, chi, freedom, limit, wrong);
+    // Wilson and Hilferty: the cube root of chi-square over its degrees of freedom is nearly
+    // normal. 4.75 is one in a million.
+    const double limit =
+        freedom > 0 ? freedom * pow(1 - 2 / (9 * freedom) + 4.75 * sqrt(2 / (9 * freedom)), 3)
+                    : 1e-9;
+    check(!wrong && chi <= limit,
+          "sampler: temperature %g, top-k %d, top-p %g, min-p %g, penalty %g: chi-square %.1f of "
+          "%.0f, limit %.1f, %d filtered tokens drawn",
+          o.temperature, (int)o.top_k, o.top_p, o.min_p, seen ? o.repetition_penalty : 1, chi,
+          freedom, limit, wrong);
 }
 
 static int draw_one(Sampler o, const real *some, size_t n, const unsigned char *seen) {
@@ -509,7 +592,7 @@ static void test_sampler(void) {
     for (int i = 0; i < 15; i++) {                      // one setting at a time
         Sampler o = plain;
         if (i < 3) o.temperature = i == 0 ? 1 : i == 1 ? 0.4 : 3;
-        else if (i < 6) o.top_k = i == 3 ? 1 : i == 4 ? 4 : 1000;       // 4 cuts through the equal ones
+        else if (i < 6) o.top_k = i == 3 ? 1 : i == 4 ? 4 : 1000; // 4 cuts through the equal ones
         else if (i < 9) o.top_p = i == 6 ? 0 : i == 7 ? 0.5 : 0.9;
         else if (i < 12) o.min_p = i == 9 ? 0.1 : i == 10 ? 0.45 : 1;
         else o.repetition_penalty = i == 12 ? 1.5 : i == 13 ? 0.7 : 1;
@@ -531,7 +614,8 @@ static void test_sampler(void) {
     for (int i = 0; i < 3; i++) {
         Sampler o = plain;
         o.temperature = cold[i];
-        check(draw_one(o, ties, 4, NULL) == 1, "temperature %g: among equals the lower id", cold[i]);
+        check(draw_one(o, ties, 4, NULL) == 1, "temperature %g: among equals the lower id",
+              cold[i]);
         o.repetition_penalty = 2;
         check(draw_one(o, ties, 4, seen) == 2, "temperature %g with a penalty", cold[i]);
     }
@@ -539,7 +623,8 @@ static void test_sampler(void) {
     for (size_t i = 0; i < 300; i++) many[i] = (real)(i * 7 % 300);
     Sampler o = plain;
     o.temperature = 0.01;                               // e^-100 for the second
-    check(draw_one(o, many, 300, NULL) == 257, "a low temperature takes the largest");      // 257 * 7 = 299 modulo 300
+    check(draw_one(o, many, 300, NULL) == 257,
+          "a low temperature takes the largest"); // 257 * 7 = 299 modulo 300
     int first = -1, other = 0;
     for (uint64_t seed = 0; seed < 20; seed++) {
         o = plain;
@@ -552,13 +637,16 @@ static void test_sampler(void) {
     check(other, "the seed makes no difference");
 }
 
-// ---- text -------------------------------------------------------------------------------------------------
+// ---- text ---------------------------------------------------------------------------------------
 
-// The well-formed byte sequences, table 3-7 of the Unicode standard: first byte, second byte, length. Others are 80..BF.
-static const struct { unsigned char first[2], second[2]; size_t length; } unicode[] = {
-    { { 0x00, 0x7F }, { 0, 0 }, 1 },       { { 0xC2, 0xDF }, { 0x80, 0xBF }, 2 }, { { 0xE0, 0xE0 }, { 0xA0, 0xBF }, 3 },
-    { { 0xE1, 0xEC }, { 0x80, 0xBF }, 3 }, { { 0xED, 0xED }, { 0x80, 0x9F }, 3 }, { { 0xEE, 0xEF }, { 0x80, 0xBF }, 3 },
-    { { 0xF0, 0xF0 }, { 0x90, 0xBF }, 4 }, { { 0xF1, 0xF3 }, { 0x80, 0xBF }, 4 }, { { 0xF4, 0xF4 }, { 0x80, 0x8F }, 4 } };
+// The well-formed byte sequences, table 3-7 of the Unicode standard: first byte, second byte,
+// length. Others are 80..BF.
+static const struct { unsigned char first[2], second[2]; size_t length;
+} unicode[] = { { { 0x00, 0x7F }, { 0, 0 }, 1 },       { { 0xC2, 0xDF }, { 0x80, 0xBF }, 2 },
+                { { 0xE0, 0xE0 }, { 0xA0, 0xBF }, 3 }, { { 0xE1, 0xEC }, { 0x80, 0xBF }, 3 },
+                { { 0xED, 0xED }, { 0x80, 0x9F }, 3 }, { { 0xEE, 0xEF }, { 0x80, 0xBF }, 3 },
+                { { 0xF0, 0xF0 }, { 0x90, 0xBF }, 4 }, { { 0xF1, 0xF3 }, { 0x80, 0xBF }, 4 },
+                { { 0xF4, 0xF4 }, { 0x80, 0x8F }, 4 } };
 
 // How many of the n bytes could begin a character, and in *whole whether they are all of it.
 static size_t beginning(const unsigned char *b, size_t n, int *whole) {
@@ -567,15 +655,17 @@ static size_t beginning(const unsigned char *b, size_t n, int *whole) {
         if (b[0] < unicode[i].first[0] || b[0] > unicode[i].first[1]) continue;
         size_t k = 1;
         for (; k < unicode[i].length && k < n; k++)
-            if (k == 1 ? b[1] < unicode[i].second[0] || b[1] > unicode[i].second[1] : b[k] < 0x80 || b[k] > 0xBF) return k;
+            if (k == 1 ? b[1] < unicode[i].second[0] || b[1] > unicode[i].second[1]
+                       : b[k] < 0x80 || b[k] > 0xBF)
+                return k;
         *whole = k == unicode[i].length;
         return k;
     }
     return 0;
 }
 
-// What should be printed of these bytes, with U+FFFD for every longest beginning that is not a character. Without
-// `end`, a beginning at the end waits.
+// What should be printed of these bytes, with U+FFFD for every longest beginning that is not a
+// character. Without `end`, a beginning at the end waits.
 static size_t expected_text(char *out, const unsigned char *b, size_t n, int end) {
     size_t length = 0;
     for (size_t i = 0; i < n; ) {
@@ -592,16 +682,20 @@ static size_t expected_text(char *out, const unsigned char *b, size_t n, int end
 
 static void test_utf8(void) {
     // Bytes around every limit of the table, so that all kinds of mistakes come up.
-    static const unsigned char bytes[] = { 'a', 0, 0x7F, 0x80, 0x8F, 0x90, 0x9F, 0xA0, 0xBF, 0xC0, 0xC1, 0xC2, 0xDF, 0xE0, 0xE1, 0xEC, 0xED,
-                                           0xEE, 0xEF, 0xF0, 0xF1, 0xF3, 0xF4, 0xF5, 0xFF };
+    static const unsigned char bytes[] = { 'a',  0,    0x7F, 0x80, 0x8F, 0x90, 0x9F, 0xA0, 0xBF,
+                                           0xC0, 0xC1, 0xC2, 0xDF, 0xE0, 0xE1, 0xEC, 0xED, 0xEE,
+                                           0xEF, 0xF0, 0xF1, 0xF3, 0xF4, 0xF5, 0xFF };
     int right = 1;
     for (int i = 0; i < 30000; i++) {
         unsigned char text[12];
         char expected[40], *printed;
         size_t n = random_size(1, 12), length, size;
-        for (size_t k = 0; k < n; k++) text[k] = random_size(0, 2) ? bytes[random_size(0, sizeof bytes - 1)] : (unsigned char)random_size(0x80, 0xBF);
+        for (size_t k = 0; k < n; k++)
+            text[k] = random_size(0, 2) ? bytes[random_size(0, sizeof bytes - 1)]
+                                        : (unsigned char)random_size(0x80, 0xBF);
         Utf8 u = { .to = open_memstream(&printed, &size) };
-        for (size_t k = 1; k <= n && right; k++) {      // after every byte all that is whole is out, and nothing else
+        for (size_t k = 1; k <= n && right;
+             k++) { // after every byte all that is whole is out, and nothing else
             utf8_print(&u, (const char *)text + k - 1, 1);
             fflush(u.to);
             length = expected_text(expected, text, k, 0);
@@ -636,52 +730,92 @@ static void test_tokens(void) {
     check(same, "bytes, encoded and decoded, are the same");
     const char *special = "<|endoftext|>x<|beginoftext|><|endoftext|<|endoftext|>";
     const size_t n = strlen(special);
-    const int expected[] = { 257, 'x', 256, '<', '|', 'e', 'n', 'd', 'o', 'f', 't', 'e', 'x', 't', '|', 257 };
-    check(encode(ids, special, n, 1) == 16 && !memcmp(ids, expected, sizeof expected), "names of special tokens become their ids");
+    const int expected[] = { 257, 'x', 256, '<', '|', 'e', 'n', 'd',
+                             'o', 'f', 't', 'e', 'x', 't', '|', 257 };
+    check(encode(ids, special, n, 1) == 16 && !memcmp(ids, expected, sizeof expected),
+          "names of special tokens become their ids");
     check(encode(ids, special, n, 0) == n && ids[0] == '<', "without `special` they are text");
-    check(encode(ids, special, n - 1, 1) == 15 + 12 && ids[26] == '|', "a name that is cut short is text");
-    check(decode(back, 256) == 0 && decode(back, 257) == 0 && decode(back, 100000) == 0, "special tokens and padding have no bytes");
+    check(encode(ids, special, n - 1, 1) == 15 + 12 && ids[26] == '|',
+          "a name that is cut short is text");
+    check(decode(back, 256) == 0 && decode(back, 257) == 0 && decode(back, 100000) == 0,
+          "special tokens and padding have no bytes");
 }
 
-// ---- numbers as text --------------------------------------------------------------------------------------
+// ---- numbers as text ----------------------------------------------------------------------------
 
 static const Key *key(const char *name) {
-    for (int i = 0; i < CONFIG_KEYS; i++) if (!strcmp(config_keys[i].name, name)) return &config_keys[i];
+    for (int i = 0; i < CONFIG_KEYS; i++)
+        if (!strcmp(config_keys[i].name, name)) return &config_keys[i];
     check(0, "there is a key %s", name);
     return &config_keys[0];
 }
 
 static void test_keys(void) {
-    static const char *const wrong[][2] = {
-        { "hidden_size", "" }, { "hidden_size", " 8" }, { "hidden_size", "8 " }, { "hidden_size", "8x" }, { "hidden_size", "0x10" },
-        { "hidden_size", "1e2" }, { "hidden_size", "8.0" }, { "hidden_size", "0" }, { "hidden_size", "-8" }, { "hidden_size", "65537" },
-        { "hidden_size", "99999999999999999999" }, { "hidden_size", "null" }, { "hidden_size", "nan" }, { "q_lora_rank", "none" },
-        { "q_lora_rank", "Null" }, { "rope_theta", "nan" }, { "rope_theta", "inf" }, { "rope_theta", "-1" }, { "rope_theta", "0" },
-        { "rope_theta", "1,5" }, { "rope_theta", "1.5.2" }, { "rope_theta", "1e400" }, { "rope_theta", "" }, { "rope_theta", "\t1" },
-        { "rope_theta", "true" }, { "use_igate", "True" }, { "use_igate", "1" }, { "use_igate", "" }, { "use_igate", "truee" },
-        { "topk_method", "gready" }, { "topk_method", "greed" }, { "topk_method", "" }, { "topk_method", "greedy|" },
-        { "topk_method", "greedy|group_limited_greedy" }, { "rope_scaling.type", "dynamic" } };
-    static const char *const right[][3] = {         // the third is how it is shown, where that differs
-        { "hidden_size", "1" }, { "hidden_size", "65536" }, { "hidden_size", "007", "7" }, { "q_lora_rank", "null" }, { "q_lora_rank", "5" },
-        { "q_lora_rank", "0", "null" }, { "n_group", "null", "1" }, { "bos_token_id", "null" }, { "bos_token_id", "0" },
-        { "rope_theta", "1e6", "1000000" }, { "rope_theta", "0.5" }, { "use_igate", "false" }, { "use_igate", "true" },
-        { "topk_method", "group_limited_greedy" }, { "rope_scaling.type", "null" }, { "rope_scaling.type", "yarn" } };
+    static const char *const wrong[][2] = { { "hidden_size", "" },
+                                            { "hidden_size", " 8" },
+                                            { "hidden_size", "8 " },
+                                            { "hidden_size", "8x" },
+                                            { "hidden_size", "0x10" },
+                                            { "hidden_size", "1e2" },
+                                            { "hidden_size", "8.0" },
+                                            { "hidden_size", "0" },
+                                            { "hidden_size", "-8" },
+                                            { "hidden_size", "65537" },
+                                            { "hidden_size", "99999999999999999999" },
+                                            { "hidden_size", "null" },
+                                            { "hidden_size", "nan" },
+                                            { "q_lora_rank", "none" },
+                                            { "q_lora_rank", "Null" },
+                                            { "rope_theta", "nan" },
+                                            { "rope_theta", "inf" },
+                                            { "rope_theta", "-1" },
+                                            { "rope_theta", "0" },
+                                            { "rope_theta", "1,5" },
+                                            { "rope_theta", "1.5.2" },
+                                            { "rope_theta", "1e400" },
+                                            { "rope_theta", "" },
+                                            { "rope_theta", "\t1" },
+                                            { "rope_theta", "true" },
+                                            { "use_igate", "True" },
+                                            { "use_igate", "1" },
+                                            { "use_igate", "" },
+                                            { "use_igate", "truee" },
+                                            { "topk_method", "gready" },
+                                            { "topk_method", "greed" },
+                                            { "topk_method", "" },
+                                            { "topk_method", "greedy|" },
+                                            { "topk_method", "greedy|group_limited_greedy" },
+                                            { "rope_scaling.type", "dynamic" } };
+    static const char *const right[][3] = {
+        // the third is how it is shown, where that differs
+        { "hidden_size", "1" },          { "hidden_size", "65536" },
+        { "hidden_size", "007", "7" },   { "q_lora_rank", "null" },
+        { "q_lora_rank", "5" },          { "q_lora_rank", "0", "null" },
+        { "n_group", "null", "1" },      { "bos_token_id", "null" },
+        { "bos_token_id", "0" },         { "rope_theta", "1e6", "1000000" },
+        { "rope_theta", "0.5" },         { "use_igate", "false" },
+        { "use_igate", "true" },         { "topk_method", "group_limited_greedy" },
+        { "rope_scaling.type", "null" }, { "rope_scaling.type", "yarn" }
+    };
     Config c, before;
     keys_init(config_keys, CONFIG_KEYS, &c);
     before = c;
     for (size_t i = 0; i < sizeof wrong / sizeof *wrong; i++)
-        check(!key_parse(key(wrong[i][0]), &c, wrong[i][1]), "%s takes \"%s\"", wrong[i][0], wrong[i][1]);
+        check(!key_parse(key(wrong[i][0]), &c, wrong[i][1]), "%s takes \"%s\"", wrong[i][0],
+              wrong[i][1]);
     check(!memcmp(&c, &before, sizeof c), "a value that is refused changes nothing");
     for (size_t i = 0; i < sizeof right / sizeof *right; i++) {
         const char *shown = right[i][2] ? right[i][2] : right[i][1];
         int ok = key_parse(key(right[i][0]), &c, right[i][1]);
-        check(ok && !strcmp(key_text(key(right[i][0]), &c), shown), "%s is \"%s\" after \"%s\"", right[i][0], key_text(key(right[i][0]), &c), right[i][1]);
+        check(ok && !strcmp(key_text(key(right[i][0]), &c), shown), "%s is \"%s\" after \"%s\"",
+              right[i][0], key_text(key(right[i][0]), &c), right[i][1]);
     }
     for (int i = 0; i < CONFIG_KEYS; i++) {         // what is shown can be given again
         Config again = before;
         char text[64];
         snprintf(text, sizeof text, "%s", key_text(&config_keys[i], &before));
-        check(config_keys[i].offset == (size_t)i * 8 && key_parse(&config_keys[i], &again, text) && !memcmp(&again, &before, sizeof again),
+        check(config_keys[i].offset == (size_t)i * 8 && key_parse(&config_keys[i], &again, text) &&
+                  !memcmp(&again, &before, sizeof again),
               "%s: \"%s\" and back", config_keys[i].name, text);
     }
 }
@@ -696,10 +830,15 @@ static void test_decimal(void) {
         right = !strpbrk(text, "eEn,") && fabs(strtod(text, NULL) / x - 1) < 1e-8;
     }
     check(right, "decimal(%.17g) is %s", x, decimal(text, x));
-    check(!strcmp(decimal(text, 0), "0.00000000") && !strcmp(decimal(text, 1), "1.00000000"), "decimal(1) is %s", text);
-    check(!strcmp(decimal(text, 123456789), "123456789") && !strcmp(decimal(text, 0.001), "0.00100000000"), "decimal(0.001) is %s", text);
-    check(strstr(decimal(text, NAN), "nan") && strstr(decimal(text, INFINITY), "inf"), "decimal(inf) is %s", text);
-    check(strlen(decimal(text, -DBL_MAX)) == 310 && strlen(decimal(text, DBL_MIN)) < DECIMAL_TEXT, "decimal of the largest and smallest numbers");
+    check(!strcmp(decimal(text, 0), "0.00000000") && !strcmp(decimal(text, 1), "1.00000000"),
+          "decimal(1) is %s", text);
+    check(!strcmp(decimal(text, 123456789), "123456789") &&
+              !strcmp(decimal(text, 0.001), "0.00100000000"),
+          "decimal(0.001) is %s", text);
+    check(strstr(decimal(text, NAN), "nan") && strstr(decimal(text, INFINITY), "inf"),
+          "decimal(inf) is %s", text);
+    check(strlen(decimal(text, -DBL_MAX)) == 310 && strlen(decimal(text, DBL_MIN)) < DECIMAL_TEXT,
+          "decimal of the largest and smallest numbers");
 }
 
 int main(void) {

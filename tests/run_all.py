@@ -1,0 +1,206 @@
+#!/usr/bin/env python3
+"""Builds and runs all tests: what `make test` does after ./run and ./train are built.
+
+    python3 tests/run_all.py [-v]       -v prints what the tests have to say when they pass, too
+
+The last line is "N passed, N failed, N skipped". Python's standard library and a C compiler are
+enough; what more is there is used: pip, to set up numpy and safetensors for the tests of export.py
+in build/venv, and PyTorch, to compare everything with an independent implementation. The Makefile
+hands over how it compiles; without it these are the same commands with their defaults.
+"""
+import glob
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+
+ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+os.chdir(ROOT)
+CC = os.environ.get("CC", "cc")
+WARN = "-Wall -Wextra -Wno-unused-function -Wno-unknown-pragmas"
+PLAIN = os.environ.get("PLAIN", f"{CC} {WARN} -O3 -march=native")       # without OpenMP
+BUILD = os.environ.get("BUILD", PLAIN)
+SANITIZE = os.environ.get("SANITIZE", f"{CC} {WARN} -O1 -g -fsanitize=address,undefined "
+                                      "-fno-sanitize-recover=undefined")
+CONFIGS = int(os.environ.get("ORACLE_CONFIGS", "4"))   # random models to compare with PyTorch
+
+# Threads that wait must not keep others from working: two tests run at a time.
+os.environ["OMP_WAIT_POLICY"] = "passive"
+os.environ["PYTHONDONTWRITEBYTECODE"] = "1"
+os.environ["ASAN_OPTIONS"] = "detect_leaks=0"           # a program that ends gives all back
+
+total = {"passed": 0, "failed": 0, "skipped": 0}
+verbose = "-v" in sys.argv[1:]
+
+
+def report(name, passed, failed, skipped=0, seconds=0.0, text=""):
+    """Counts the tests of a group and prints its line."""
+    for key, n in (("passed", passed), ("failed", failed), ("skipped", skipped)):
+        total[key] += n
+    print(f"{name:34} {passed:5} passed {failed:3} failed" +
+          (f" {skipped:3} skipped" if skipped else "") + (f"  {seconds:5.1f} s" if seconds else ""))
+    lines = text.strip().splitlines()
+    if not verbose:             # what failed, or everything where the test does not say
+        lines = [line for line in lines if line.startswith("FAIL")] or lines
+    if lines and (failed or skipped or verbose):
+        print("    " + "\n    ".join(lines))
+    sys.stdout.flush()
+
+
+def call(command, timeout=900):
+    """(exit code, output, seconds) of a command."""
+    start = time.monotonic()
+    try:
+        done = subprocess.run(command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
+                              stderr=subprocess.STDOUT, timeout=timeout)
+        code, output = done.returncode, done.stdout
+    except (OSError, subprocess.TimeoutExpired) as e:
+        code, output = -1, f"{' '.join(command)}: {e}".encode()
+    return code, output.decode("utf-8", "replace"), time.monotonic() - start
+
+
+def run_tests(group):
+    """Runs a test program, which ends in the line "N passed, N failed"."""
+    name, command = group
+    code, output, seconds = call(command)
+    counts = re.search(r"^(\d+) passed, (\d+) failed(?:, (\d+) skipped)?\s*\Z", output, re.M)
+    passed, failed, skipped = (int(n or 0) for n in counts.groups()) if counts else (0, 1, 0)
+    if code and not failed or not passed:
+        failed = max(failed, 1)
+        output += f"\n{' '.join(command)} ended with exit code {code}"
+    report(name, passed, failed, skipped, seconds, output)
+
+
+# ---- building ------------------------------------------------------------------------------------
+
+def builds():
+    """What is compiled: (file in build/, command without the output, source)."""
+    yield "coe.o", f"{BUILD} -c", "coe.c"               # it compiles alone
+    yield "run-plain", f"{CC} -O3", "run.c"             # as the README says
+    yield "train-plain", PLAIN, "train.c"
+    yield "dump_grads", BUILD, "tests/dump_grads.c"
+    for source in ("test_ops", "test_model", "test_grad"):
+        yield source, BUILD, f"tests/{source}.c"
+    for source in ("test_ops", "test_model"):
+        yield source + "_double", BUILD + " -DREAL=double", f"tests/{source}.c"
+    if has_sanitizers():
+        yield "test_ops_debug", SANITIZE, "tests/test_ops.c"
+        yield "test_model_debug", SANITIZE + " -DREAL=double", "tests/test_model.c"
+
+
+def has_sanitizers():
+    with open("build/try.c", "w") as f:
+        f.write("int main(void) { return 0; }\n")
+    return call(shlex.split(SANITIZE) + ["-o", "build/try", "build/try.c"])[0] == 0 and \
+        call(["build/try"])[0] == 0
+
+
+def build(what):
+    output, compiler, source = what
+    command = [*shlex.split(compiler), "-o", "build/" + output, source]
+    code, text, _ = call(command + ([] if output.endswith(".o") else ["-lm"]))
+    return output, code, f"{' '.join(command)}\n{text}" if text else ""
+
+
+def build_all(pool):
+    """Returns what could be built."""
+    start = time.monotonic()
+    results = list(pool.map(build, list(builds())))
+    built = {output for output, code, _ in results if code == 0}
+    report("compiled", len(built), len(results) - len(built), 0, time.monotonic() - start,
+           "\n".join(text for _, _, text in results))
+    return built
+
+
+def check_contents():
+    """The contents in a file's overture are its banners."""
+    wrong = []
+    for path in ("coe.c", "train.c", "run.c"):
+        with open(path) as f:
+            text = f.read()
+        overture = re.match(r"(//.*\n)*", text)[0]
+        rows = re.findall(r"^// +(\[\d+\] .*)$", overture, re.M)
+        listed = re.findall(r"\[(\d+)\] +(\S.*?)(?=  +\[|$)", "\n".join(rows), re.M)
+        banners = re.findall(r"^// -+ \[(\d+)\] (.*?) -+$", text, re.M)
+        if sorted(listed, key=lambda x: int(x[0])) != banners or not banners:
+            wrong.append(f"{path}: the contents list {sorted(set(listed) - set(banners))}, "
+                         f"the banners {sorted(set(banners) - set(listed))}")
+    report("contents of coe.c, train.c, run.c", 3 - len(wrong), len(wrong), text="\n".join(wrong))
+
+
+# ---- Python packages -----------------------------------------------------------------------------
+
+VENV = os.path.join("build", "venv", "bin", "python")
+
+
+def python_with(*modules):
+    """A Python that can import these modules, or None."""
+    for python in (VENV, sys.executable):
+        if os.path.exists(python) and call([python, "-c", "import " + ", ".join(modules)])[0] == 0:
+            return python
+    return None
+
+
+def set_up_venv():
+    """Makes build/venv with what export.py needs. Returns what went wrong."""
+    for command in ([sys.executable, "-m", "venv", "build/venv"],
+                    [VENV, "-m", "pip", "install", "--quiet", "--disable-pip-version-check",
+                     "-r", "tests/requirements.txt"]):
+        code, output, _ = call(command, timeout=300)
+        if code:
+            shutil.rmtree("build/venv", ignore_errors=True)
+            return (output.strip() or "failed").splitlines()[-1]
+    return ""
+
+
+def python_groups():
+    """The tests that need packages; what is missing is counted as skipped."""
+    needs, problem = ("numpy", "safetensors", "ml_dtypes"), ""
+    python = python_with(*needs)
+    if not python:
+        problem = set_up_venv()
+        python = python_with(*needs)
+    if python:
+        yield "export.py", [python, "tests/test_export.py"]
+    else:
+        report("export.py", 0, 0, 1, text=f"needs {', '.join(needs)}: {problem}")
+    python = python_with("torch", "numpy", "safetensors", "ml_dtypes")
+    if not python:
+        report("comparison with PyTorch", 0, 0, 2, text="needs torch")
+        return
+    yield "PyTorch oracle", [python, "tests/oracle.py", "check",
+                             *sorted(glob.glob("tests/golden/*"))]
+    for half in (1, 2):
+        yield f"comparison with PyTorch, part {half}", [
+            python, "tests/oracle.py", "compare", "--train", "./train", "--run", "./run",
+            "--export", f"{python} export.py", "--dump_grads", "build/dump_grads",
+            "--configs", str((CONFIGS + half - 1) // 2), "--seed", str(half)]
+
+
+def main():
+    os.makedirs("build", exist_ok=True)
+    start = time.monotonic()
+    with ThreadPoolExecutor(2) as pool:
+        built = build_all(pool)
+        check_contents()
+        groups = [(f"build/{name}", [f"build/{name}", *args]) for name, *args in (
+            ("test_model_debug", "5"), ("test_ops_debug",), ("test_grad",), ("test_ops",),
+            ("test_ops_double",), ("test_model",), ("test_model_double",)) if name in built]
+        if not built & {"test_ops_debug"}:
+            report("sanitizers", 0, 0, 2, text=f"not with this compiler: {SANITIZE}")
+        for name, *args in (("test_train", "./train", "build/train-plain"), ("test_run", "./run"),
+                            ("test_golden", "./train", "build/dump_grads"),
+                            ("test_task", "./train")):
+            groups.append((name + ".py", [sys.executable, f"tests/{name}.py", *args]))
+        list(pool.map(run_tests, [*python_groups(), *groups]))
+    print(f"{time.monotonic() - start:.0f} s")
+    print("{passed} passed, {failed} failed, {skipped} skipped".format(**total))
+    return total["failed"] > 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,632 @@
+#!/usr/bin/env python3
+"""Checks ./train from the outside: that a run can be killed at any moment, that threads change no
+byte, what happens to the data, and that whatever is wrong ends well.
+
+    python3 tests/test_train.py ./train [./train-without-OpenMP]
+
+The last line is "N passed, N failed". Needs nothing but Python.
+"""
+import math
+import os
+import random
+import resource
+import signal
+import stat
+import struct
+import subprocess
+import sys
+import tempfile
+import time
+from array import array
+
+TRAIN = os.path.abspath(sys.argv[1] if len(sys.argv) > 1 else "train")
+PLAIN = os.path.abspath(sys.argv[2]) if len(sys.argv) > 2 else None
+
+TINY = """--hidden_size 16 --num_hidden_layers 2 --num_attention_heads 2 --kv_lora_rank 8
+--qk_nope_head_dim 4 --qk_rope_head_dim 4 --v_head_dim 4 --n_routed_experts 4
+--num_experts_per_tok 2 --moe_intermediate_size 8 --intermediate_size 16""".split()
+SMALL = [*TINY, "-b", "2", "-l", "16", "--lr_scheduler", "constant", "--warmup_steps", "2"]
+END = "<|endoftext|>\n"
+
+passed = failed = 0
+
+
+def check(what, ok, detail=""):
+    global passed, failed
+    passed, failed = passed + bool(ok), failed + (not ok)
+    if not ok:
+        print(f"FAILED: {what}{': ' if detail != '' else ''}{str(detail)[:400]}")
+
+
+class Result:
+    def __init__(self, code, out, err):
+        self.code, self.out, self.err = code, out, err
+        self.last = err.splitlines()[-1] if err else ""
+
+    def values(self):
+        return {k: float(v) for k, v in (line.split(" ") for line in self.out.splitlines())}
+
+    def __str__(self):
+        return f"exit {self.code}, stdout {self.out[-100:]!r}, stderr {self.err[-250:]!r}"
+
+
+def environment(threads=1):
+    return {**os.environ, "OMP_NUM_THREADS": str(threads), "OMP_WAIT_POLICY": "passive"}
+
+
+def train(*args, threads=1, program=None, timeout=60, **more):
+    more = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "stdin": subprocess.DEVNULL,
+            "env": environment(threads)} | more
+    command = [program or TRAIN, *map(str, args)]
+    try:
+        done = subprocess.run(command, timeout=timeout, **more)
+    except subprocess.TimeoutExpired:
+        return Result("timeout", "", "")
+    return Result(done.returncode, *((x or b"").decode("utf-8", "replace")
+                                     for x in (done.stdout, done.stderr)))
+
+
+def good(what, *args, **more):
+    """Runs ./train on something that must work."""
+    r = train(*args, **more)
+    check(what, r.code == 0, r)
+    return r
+
+
+def bad(what, code, words, *args, **more):
+    """Runs it on something that must end in a line that has all the words."""
+    r = train(*args, **more)
+    check(what, r.code == code and r.last.startswith("train: ") and not r.out
+          and all(w in r.last for w in words), f"{r}, wanted exit {code}, {words}")
+
+
+def read(path):
+    with open(path, "rb") as f:
+        return f.read()
+
+
+def write(path, data):
+    with open(path, "wb") as f:
+        f.write(data.encode() if isinstance(data, str) else data)
+    return path
+
+
+def read_log(path):
+    """The lines of a log as dicts, without the speed."""
+    head, *rows = [line.split("\t") for line in read(path).decode().splitlines()]
+    return [{k: v for k, v in zip(head, row) if k != "tokens_per_s"} for row in rows]
+
+
+def losses(path):
+    return [float(row["loss"]) for row in read_log(path)]
+
+
+def documents(n):
+    """n short texts, all different."""
+    rng = random.Random(5)
+    words = "the a grey old cat dog tree sees wants has über ✓ some".split()
+    return [" ".join(rng.choice(words) for _ in range(rng.randrange(3, 12))) + f" {i}.\n"
+            for i in range(n)]
+
+
+def token_file(ids, wide=False, magic=None, version=None, count=None, width=None):
+    magic = magic or (20240801 if wide else 20240520)
+    header = struct.pack("<3i", magic, version or (7 if wide else 1),
+                         len(ids) if count is None else count)
+    return header.ljust(1024, b"\0") + array("I" if width == 4 or wide else "H", ids).tobytes()
+
+
+# ---- interrupted -------------------------------------------------------------------------------
+
+def test_kills(folder):
+    """kill -9 at twenty random moments, most of them while a checkpoint is written."""
+    here = lambda name: os.path.join(folder, name)
+    data = ["-d", write(here("text"), END.join(documents(40)))]
+    run = [*SMALL, *data, "-x", 300, "--save_steps", 1, "--eval_steps", 30]
+    start = time.monotonic()
+    straight = good("a run left alone", *run, "-o", here("a.bin"), "--log", here("a.tsv"))
+    duration, rng, kills, attempts = time.monotonic() - start, random.Random(6), 0, 0
+    while kills < 20 and attempts < 300:
+        for name in ("b.bin", "b.tsv"):
+            if os.path.exists(here(name)):
+                os.remove(here(name))
+        finished = False
+        while not finished and attempts < 300:
+            attempts += 1
+            args = ["--resume", here("b.bin"), *data] if os.path.exists(here("b.bin")) else \
+                [*run, "-o", here("b.bin")]
+            p = subprocess.Popen([TRAIN, *map(str, args), "--eval_steps", "30", "--save_steps", "1",
+                                  "--log", here("b.tsv")], env=environment(),
+                                 stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+            try:
+                out, err = p.communicate(timeout=rng.uniform(0, duration / 5))
+                finished = True
+            except subprocess.TimeoutExpired:
+                p.kill()
+                p.communicate()
+                kills += 1
+        check("a killed run that was resumed finishes", p.returncode == 0, err)
+        check("it prints the same", out.decode() == straight.out, out)
+        check("it ends in the same bytes", read(here("a.bin")) == read(here("b.bin")))
+        check("its log has the same lines", read_log(here("a.tsv")) == read_log(here("b.tsv")))
+    check("20 kills", kills >= 20, kills)
+
+
+def wait_for(condition, seconds=20):
+    end = time.monotonic() + seconds
+    while not condition() and time.monotonic() < end:
+        time.sleep(0.005)
+
+
+def test_signals(folder):
+    here = lambda name: os.path.join(folder, name)
+    data = ["-d", write(here("text"), END.join(documents(40)))]
+    for number in (signal.SIGINT, signal.SIGTERM):
+        name = number.name
+        for file in ("c.bin", "c.tsv"):
+            if os.path.exists(here(file)):
+                os.remove(here(file))
+        p = subprocess.Popen([TRAIN, *SMALL, *data, "-x", "100000", "--save_steps", "0",
+                              "-o", here("c.bin"), "--log", here("c.tsv")], env=environment(),
+                             stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+        wait_for(lambda: os.path.exists(here("c.tsv")) and read(here("c.tsv")).count(b"\n") > 2)
+        p.send_signal(number)
+        out, err = p.communicate(timeout=20)
+        check(f"{name} exits with 130", p.returncode == 130 and not out, (p.returncode, err))
+        check(f"{name}: how to go on", b"--resume" in err and here("c.bin").encode() in err, err)
+        n = len(read_log(here("c.tsv"))) + 3
+        good(f"resumed after {name}", "--resume", here("c.bin"), *data, "-x", n,
+             "--log", here("c.tsv"))
+        good("a run left alone", *SMALL, *data, "-x", n, "-o", here("d.bin"),
+             "--log", here("d.tsv"))
+        check(f"{name} finished its step", read(here("c.bin")) == read(here("d.bin")))
+        # but for the validation in the last line: the first run did not know that it was the last
+        check(f"{name}: log", [r["loss"] for r in read_log(here("c.tsv"))] ==
+              [r["loss"] for r in read_log(here("d.tsv"))])
+    # A step of many seconds; the second signal does not wait for its end.
+    p = subprocess.Popen([TRAIN, *TINY, "-b", "2048", "-l", "256", "-o", here("none.bin")],
+                         env=environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    for line in p.stderr:
+        if b"memory" in line:
+            break
+    time.sleep(0.3)
+    p.send_signal(signal.SIGINT)
+    time.sleep(0.2)
+    check("the first signal waits for the step", p.poll() is None)
+    p.send_signal(signal.SIGINT)
+    try:
+        p.communicate(timeout=3)
+    except subprocess.TimeoutExpired:
+        p.kill()
+        p.communicate()
+    check("the second signal ends at once", p.returncode == 130 and
+          not os.path.exists(here("none.bin")), p.returncode)
+
+
+def test_further(folder):
+    """Resuming what is finished, and going further than planned."""
+    here = lambda name: os.path.join(folder, name)
+    data = ["-d", write(here("text"), END.join(documents(40)))]
+    run = [*SMALL, *data]
+    first = good("4 steps", *run, "-x", 4, "-o", here("a.bin"), "--log", here("a.tsv"))
+    before, log = read(here("a.bin")), read_log(here("a.tsv"))
+    r = good("a finished run", "--resume", here("a.bin"), *data, "--log", here("a.tsv"))
+    check("it prints its val_loss again", r.out == first.out, r.out)
+    check("it leaves the bytes alone", read(here("a.bin")) == before)
+    check("it leaves the log alone", read_log(here("a.tsv")) == log)
+    good("all options repeated", "--resume", here("a.bin"), *run, "-x", 4)
+    good("5 steps more", "--resume", here("a.bin"), *data, "-x", 9, "--log", here("a.tsv"))
+    check("the resumed file is replaced", read(here("a.bin")) != before)
+    good("9 steps", *run, "-x", 9, "-o", here("b.bin"), "--log", here("b.tsv"))
+    check("4 + 5 steps end in the bytes of 9", read(here("a.bin")) == read(here("b.bin")))
+    good("resumed into another file", "--resume", here("a.bin"), *data, "-x", 10,
+         "-o", here("c.bin"))
+    check("--output with --resume", read(here("a.bin")) == read(here("b.bin")) and
+          len(read(here("c.bin"))) == len(before))
+    built_in = [*SMALL, "--eval_problems", 4]
+    good("the built-in task", *built_in, "-x", 7, "-o", here("d.bin"))
+    good("5 steps of it", *built_in, "-x", 5, "-o", here("e.bin"))
+    r = good("2 more", "--resume", here("e.bin"), "-x", 7, "--eval_problems", 4)
+    check("the built-in task goes on where it was", read(here("d.bin")) == read(here("e.bin")))
+    check("it prints two lines", list(r.values()) == ["val_loss", "solved"], r)
+
+
+def test_contradictions(folder):
+    here = lambda name: os.path.join(folder, name)
+    texts = documents(40)
+    data = ["-d", write(here("text"), END.join(texts))]
+    good("4 steps", *SMALL, *data, "-x", 4, "-o", here("a.bin"))
+    write(here("other"), END.join(texts[:30] + texts[31:] + ["x\n"]))
+    resume = ["--resume", here("a.bin"), "-x", 6]
+    for option, value in (("hidden_size", 24), ("inner_iter", 3), ("use_igate", "false"),
+                          ("rope_scaling.type", "linear"), ("batch_size", 3), ("max_length", 17),
+                          ("micro_batch_size", 1), ("learning_rate", 0.5), ("seed", 2),
+                          ("weight_decay", 0), ("lr_scheduler", "cosine"), ("aux_loss_alpha", 1)):
+        bad(f"resumed with another {option}", 2, [option, here("a.bin")], *resume, *data,
+            f"--{option}", value)
+    bad("resumed in another order", 2, ["sequential"], *resume, *data, "--sequential")
+    bad("resumed with other data", 1, [here("other")], *resume, "-d", here("other"))
+    bad("resumed without its data", 1, ["--data"], *resume)
+    bad("--init and --resume", 2, ["--init", "--resume"], *resume, "--init", here("a.bin"), *data)
+    good("the built-in task", *SMALL, "-x", 1, "--eval_problems", 0, "-o", here("task.bin"))
+    bad("resumed with data instead", 1, ["--data"], "--resume", here("task.bin"), *data)
+    bad("resumed at another level", 2, ["level"], "--resume", here("task.bin"), "--level", 2)
+
+
+# ---- the same bytes ------------------------------------------------------------------------------
+
+def test_threads(folder):
+    """Large enough that the threads have something to share."""
+    here = lambda name: os.path.join(folder, name)
+    wide = [*TINY, "--hidden_size", 64, "-b", 8, "-l", 64, "-x", 3, "--eval_problems", 6,
+            "--eval_steps", 2, "--val", write(here("val"), "".join(documents(60))),
+            "--log", here("log")]
+    results = {}
+    runs = [(f"{n} threads", TRAIN, n) for n in (1, 2, 3, 7)]
+    for name, program, threads in runs + ([("no OpenMP", PLAIN, 1)] if PLAIN else []):
+        r = good(name, *wide, "-o", here("a.bin"), threads=threads, program=program)
+        results[name] = read(here("a.bin")), read_log(here("log")), r.out
+    first = results.pop("1 threads")
+    for name, result in results.items():
+        check(f"{name}: the same model, log and output as with 1 thread", result == first)
+    r = good("--threads", *wide, "--threads", 2, "-o", here("a.bin"), threads=1)
+    check("--threads is printed", PLAIN is None or "2 threads" in r.err or "1 thread" in r.err, r)
+    other = good("another seed", *wide, "--seed", 2, "-o", here("a.bin"))
+    check("another seed makes another model", read(here("a.bin")) != first[0] and
+          other.out != first[2])
+    for number in ("0", "x", "-1", "2,3"):
+        good(f"OMP_NUM_THREADS={number}", *SMALL, "-x", 1, "--eval_problems", 0,
+             "-o", here("b.bin"), threads=number)
+
+
+def test_micro_batches(folder):
+    here = lambda name: os.path.join(folder, name)
+    run = [*SMALL, "-b", 5, "-x", 3, "--eval_problems", 0, "-o", here("a.bin"),
+           "--log", here("log")]
+    logs = {}
+    for micro in ("null", 1, 2, 5, 7):
+        good(f"micro-batches of {micro}", *run, "--micro_batch_size", micro)
+        logs[micro] = read_log(here("log"))
+    for micro in (5, 7):
+        check(f"micro-batches of {micro} are the batch", logs[micro] == logs["null"])
+    for micro in (1, 2):
+        off = max(abs(float(a[k]) / float(b[k]) - 1) for a, b in zip(logs[micro], logs["null"])
+                  for k in ("loss", "aux_loss", "grad_norm"))
+        # The sums are rounded in another order, 1e-7 each.
+        check(f"micro-batches of {micro} add up to the batch", off < 1e-5, off)
+
+
+# ---- data ----------------------------------------------------------------------------------------
+
+def test_text(folder):
+    here = lambda name: os.path.join(folder, name)
+    texts = documents(60)
+    texts[3] = "a line with <|endoftext|> in it\n"
+    texts[5] = "\n\n  \n"
+    texts[7] = "ends in \\r\r\n"
+    write(here("text"), "".join(t + END for t in texts))
+    show = lambda *args: good(f"show {args[-2:]}", *SMALL, "-d", here("text"), *args).out
+    check("--show_data prints the training documents", show("--show_data", 100) ==
+          "".join(t + END for t in texts[:57]))
+    check("--show_val prints the last 5 %", show("--show_val", 100) ==
+          "".join(t + END for t in texts[57:]))
+    check("--show_data 2 prints two", show("--show_data", 2) == "".join(t + END for t in texts[:2]))
+    write(here("val"), "only\n" + END + "two")
+    check("--val is shown as it is", show("--val", here("val"), "--show_val", 9) ==
+          "only\n" + END + "two\n" + END)
+    check("all of --data trains then", show("--val", here("val"), "--show_data", 99) ==
+          read(here("text")).decode())
+
+    # A text, and what it should become, as token files of both widths.
+    ids = sum(([*t.encode(), 257] for t in texts), [])
+    write(here("wide"), token_file(ids, wide=True))
+    write(here("narrow"), token_file(ids))
+    write(here("crlf"), b"".join(t.encode() + b"<|endoftext|>\r\n" for t in texts))
+    write(here("open"), read(here("text"))[:-len(END)])             # the last EOS is understood
+    models = {}
+    for name in ("text", "wide", "narrow", "crlf", "open"):
+        r = good(f"train on {name}", *SMALL, "-d", here(name), "-x", 3, "-o", here("a.bin"))
+        models[name] = read(here("a.bin")), r.out
+    for name in models:
+        check(f"{name} is the same data as text", models[name] == models["text"])
+
+    few = documents(5)
+    write(here("few"), "".join(t + END for t in few))
+    r = good("few documents", *SMALL, "-d", here("few"), "-x", 1, "-o", here("a.bin"))
+    check("few documents: the last 5 % of the tokens validate", "5 %" in r.err and
+          0 < r.values()["val_loss"] < 20, r)
+
+
+def test_order(folder):
+    """With a learning rate of 0 the loss tells which window came when."""
+    here = lambda name: os.path.join(folder, name)
+    rng = random.Random(8)
+    ids = [rng.randrange(64) for _ in range(8 * 16 + 1 + 9)]       # 8 windows, and a part of one
+    write(here("tokens"), token_file(ids))
+    still = [*TINY, "--vocab_size", 64, "-l", 16, "--learning_rate", 0, "-d", here("tokens"),
+             "-o", here("a.bin"), "--log", here("log"), "--val", here("tokens")]
+    r = good("in file order", *still, "-b", 1, "-x", 20, "--sequential")
+    order = losses(here("log"))
+    check("windows differ", len(set(order)) == 8, order)
+    check("--sequential wraps at the end", order == (order[:8] * 3)[:20], order)
+    check("val_loss is the mean over the windows",
+          abs(r.values()["val_loss"] / (sum(order[:8]) / 8) - 1) < 1e-6, r)
+    good("three at once", *still, "-b", 3, "-x", 5, "--sequential")
+    for step, loss in enumerate(losses(here("log"))):
+        expected = sum(order[(3 * step + b) % 8] for b in range(3)) / 3
+        check(f"step {step} reads windows {3 * step} to {3 * step + 2}",
+              abs(loss / expected - 1) < 1e-6)
+    good("shuffled", *still, "-b", 1, "-x", 24)
+    shuffled = losses(here("log"))
+    epochs = [shuffled[:8], shuffled[8:16], shuffled[16:]]
+    check("an epoch has every window once", all(sorted(e) == sorted(order[:8]) for e in epochs))
+    check("every epoch has an order of its own", epochs[0] != epochs[1] != epochs[2] != epochs[0])
+    good("shuffled otherwise", *still, "-b", 1, "-x", 8, "--seed", 3)
+    good("the middle of a window", *still, "-b", 1, "-x", 1, "--sequential", "-l", 120)
+    check("a window of any length", len(losses(here("log"))) == 1)
+
+
+def test_overfit(folder):
+    here = lambda name: os.path.join(folder, name)
+    write(here("text"), "the quick brown fox jumps over the lazy dog, and then it sleeps.\n" * 2)
+    good("overfit", *TINY, "--hidden_size", 32, "-d", here("text"), "--sequential", "-b", 2,
+         "-l", 64, "-x", 150, "--learning_rate", "1e-2", "-o", here("a.bin"), "--log", here("log"))
+    loss = losses(here("log"))
+    check("a batch can be learned by heart", loss[0] > 5 and loss[-1] < 0.05, loss[-1])
+
+
+def test_other_models(folder):
+    here = lambda name: os.path.join(folder, name)
+    ids = [i * i % 64 for i in range(600)]
+    tokens = ["-d", write(here("tokens"), token_file(ids))]
+    few = [*SMALL, "--vocab_size", 64, "-x", 3, "-o", here("few.bin"), "--sample_steps", 1]
+    good("a vocabulary of 64", *few, *tokens)
+    bad("a vocabulary of 64, text", 1, ["tokenizer", here("text")], *few, "-d",
+        write(here("text"), "text " * 100))
+    bad("a vocabulary of 64, the built-in task", 1, ["--data"], *few)
+    good("resumed", "--resume", here("few.bin"), *tokens, "-x", 5)
+    r = good("its data", *few, *tokens, "--show_data", 1)
+    check("data without a tokenizer is shown as ids",
+          [int(x) for x in r.out.split()[:20]] == ids[:20], r)
+    dense = [*SMALL, "--n_routed_experts", "null", "-x", 3, "--eval_problems", 2]
+    good("no experts", *dense, "-o", here("dense.bin"), "--log", here("log"))
+    check("no experts: aux_loss is 0", {float(r["aux_loss"]) for r in read_log(here("log"))} == {0})
+    check("no experts: it learns", losses(here("log"))[2] < losses(here("log"))[0])
+
+    good("--init", "--init", here("dense.bin"), *SMALL[len(TINY):], "-x", 2, "--eval_problems", 0,
+         "--aux_loss_alpha", "0.5", "--learning_rate", 0, "--log", here("log"), "-o", here("b.bin"))
+    first = losses(here("log"))
+    good("--init again", "--init", here("b.bin"), *SMALL[len(TINY):], "-x", 2, "--eval_problems", 0,
+         "--learning_rate", 0, "--log", here("log"), "-o", here("c.bin"))
+    check("--init starts from the weights and the first document", losses(here("log")) == first)
+    bad("--init with another width", 2, ["hidden_size", here("b.bin")], "--init", here("b.bin"),
+        "--hidden_size", 17)
+    bad("--init with nothing", 1, [here("nothing")], "--init", here("nothing"))
+    bad("--init with a text", 1, [here("text")], "--init", here("text"))
+    data = read(here("b.bin"))
+    size, state = struct.unpack_from("<8xQ16xQ", data)
+    write(here("bare.bin"), data[:8] + struct.pack("<Q", size - state) + data[16:32] + bytes(8) +
+          data[40:-state])
+    bad("--resume of a model without training state", 1, [here("bare.bin"), "--init"],
+        "--resume", here("bare.bin"))
+    good("--init of it", "--init", here("bare.bin"), *SMALL[len(TINY):], "-x", 1,
+         "--eval_problems", 0, "-o", here("c.bin"))
+    good("--tokenizer", *SMALL, "--tokenizer", here("b.bin"), "-x", 1, "--eval_problems", 0,
+         "-o", here("c.bin"))
+    bad("--tokenizer of a model that has none", 1, [here("few.bin")], *SMALL, "--tokenizer",
+        here("few.bin"))
+    bad("--tokenizer with too small a vocabulary", 2, ["vocab_size"], *SMALL, "--tokenizer",
+        here("b.bin"), "--vocab_size", 100, "--bos_token_id", 4, "--eos_token_id", 5)
+    mute = write(here("mute.bin"), data[:48] + bytes(8) + data[56:])    # the same without tokenizer
+    bad("--init of a model without tokenizer, the built-in task", 1, ["--data"], "--init", mute,
+        *SMALL[len(TINY):], "-x", 1)
+    good("the same with --tokenizer", "--init", mute, "--tokenizer", here("b.bin"),
+         *SMALL[len(TINY):], "-x", 1, "--eval_problems", 0, "-o", here("c.bin"))
+    bad("--resume with another tokenizer", 2, ["--tokenizer", mute], "--resume", mute, *tokens,
+        "--tokenizer", here("b.bin"))
+    good("--resume with its own", "--resume", here("b.bin"), "--tokenizer", here("b.bin"),
+         "--eval_problems", 0)
+
+
+# ---- the log -------------------------------------------------------------------------------------
+
+def test_log(folder):
+    here = lambda name: os.path.join(folder, name)
+    run = [*TINY, "-b", 2, "-l", 16, "-x", 10, "--eval_problems", 8, "--eval_steps", 4,
+           "--val", write(here("val"), documents(9)[8] * 3), "-o", here("a.bin"),
+           "--log", here("log"), "--learning_rate", "0.004"]
+    for scheduler, warmup, extra in (("constant", 3, ["--warmup_ratio", "0.21"]),
+                                     ("cosine", 3, ["--warmup_ratio", "0.21"]),
+                                     ("cosine", 5, ["--warmup_steps", 5]),
+                                     ("cosine", 20, ["--warmup_steps", 20])):
+        r = good(f"{scheduler}, warm-up {warmup}", *run, "--lr_scheduler", scheduler, *extra)
+        rows = read_log(here("log"))
+        for s, row in enumerate(rows):
+            rate = 0.004 * min(1, (s + 1) / warmup)
+            if scheduler == "cosine" and s >= warmup:
+                rate = 0.002 * (1 + math.cos(math.pi * (s - warmup) / (10 - warmup)))
+            check(f"{scheduler}, warm-up {warmup}: learning rate of step {s}",
+                  abs(float(row["lr"]) / rate - 1) < 1e-7, row["lr"])
+    head, *lines = read(here("log")).decode().splitlines()
+    check("the log's header", head.split("\t")[:7] ==
+          ["step", "loss", "aux_loss", "grad_norm", "lr", "tokens_per_s", "val_loss"], head)
+    check("a line for every step", [row["step"] for row in rows] == [str(s) for s in range(10)])
+    measured = [int(row["step"]) for row in rows if row["val_loss"]]
+    check("val_loss where it was measured", measured == [3, 7, 9], measured)
+    check("the last val_loss is printed", float(rows[9]["val_loss"]) == r.values()["val_loss"])
+    numbers = [x for line in lines for x in line.split("\t")[1:] if x] + \
+        [line.split()[1] for line in r.out.splitlines()]
+    check("7 digits, no exponent", all(len(x.replace(".", "").lstrip("0")) >= 7 or float(x) == 0
+                                       for x in numbers) and "e" not in "".join(numbers), numbers)
+
+
+# ---- wrong usage and faults ----------------------------------------------------------------------
+
+def test_usage(folder):
+    r = good("--help", "--help")
+    check("--help lists options of all kinds", all(f"--{name}" in r.out for name in (
+        "resume", "batch_size", "inner_iter", "rope_scaling.factor", "lr_scheduler")), r)
+    check("--version", train("--version").out.startswith("train "))
+    out = os.path.join(folder, "a.bin")
+    for args, word in (
+            (["--nothing"], "--nothing"), (["nothing"], "nothing"), (["-"], "-"),
+            (["-z", "1"], "-z"), (["-x"], "-x"), (["-x", "abc"], "-x"), (["-x", "1.5"], "-x"),
+            (["-x", "-1"], "-x"),
+            (["-x", ""], "-x"), (["--max_steps=1x"], "max_steps"), (["-b", "0"], "-b"),
+            (["-l", "1"], "-l"), (["--learning_rate", "nan"], "--learning_rate"),
+            (["--learning_rate", "-1"], "--learning_rate"), (["--adam_beta1", "1"], "--adam_beta1"),
+            (["--warmup_ratio", "1.1"], "--warmup_ratio"), (["--lr_scheduler", "linear"], "cosine"),
+            (["--sequential=maybe"], "sequential"), (["--model", "large"], "--model"),
+            (["--level", "3"], "--level"), (["--seed", "-1"], "--seed"),
+            (["--threads", "-1"], "--threads"), (["--hidden_size", "null"], "--hidden_size"),
+            (["--qk_rope_head_dim", "5"], "qk_rope_head_dim"),
+            (["--num_experts_per_tok", "5"], "num_experts_per_tok"),
+            (["--rope_scaling.type", "dynamic"], "yarn"),
+            (["--topk_method", "group_limited_greedy", "--n_group", "3"], "n_group"),
+            (["--bos_token_id", "258"], "bos_token_id"),
+            (["--max_length", "9" * 20], "--max_length"),
+            (["--max_position_embeddings", "8"], "max_position_embeddings")):
+        bad(" ".join(args), 2, [word], *SMALL, *args, "-o", out)
+    check("wrong usage writes nothing", not os.path.exists(out))
+
+
+def test_data_faults(folder):
+    here = lambda name: os.path.join(folder, name)
+    ids = [i % 200 for i in range(300)]
+    os.mkfifo(here("pipe"))
+    for what, data, words in (
+            ("missing", None, ["No such"]), ("empty", b"", ["empty"]),
+            ("one byte", b"x", ["batch"]), ("shorter than a batch", b"x" * 32, ["batch_size"]),
+            ("an odd byte", token_file(ids) + b"x", ["1625"]),
+            ("a token is missing", token_file(ids)[:-2], ["1622", "300"]),
+            ("cut in the header", token_file(ids)[:1000], ["1000"]),
+            ("a wrong version", token_file(ids, version=2), ["version"]),
+            ("a wrong width", token_file(ids, width=4), ["2224"]),
+            ("a negative count", token_file(ids, count=-1), ["-1"]),
+            ("a large count", token_file(ids, count=2**31 - 1), ["2147483647"]),
+            ("a token beyond the vocabulary", token_file(ids[:99] + [258] + ids[100:]),
+             ["258", str(1024 + 198)]),
+            ("a large token", token_file([2**32 - 1] * 99, wide=True), ["4294967295"]),
+            ("no tokens", token_file([]), ["batch"])):
+        path = here(what.replace(" ", "_"))
+        if data is not None:
+            write(path, data)
+        bad(f"data: {what}", 1, [path, *words], *SMALL, "-d", path, "-x", 1, "-o", here("a.bin"))
+    for path, word in ((folder, "directory"), (here("pipe"), "pipe"), ("/dev/zero", "device")):
+        bad(f"data: {word}", 1, [path, word], *SMALL, "-d", path, "-x", 1, "-o", here("a.bin"),
+            timeout=5)
+    text = write(here("text"), END.join(documents(40)))
+    bad("validation data: missing", 1, [here("none")], *SMALL, "-d", text, "--val", here("none"))
+    bad("text without an id that ends it", 1, ["eos_token_id"], *SMALL, "-d", text,
+        "--eos_token_id", "null", "-x", 1, "-o", here("a.bin"))
+    check("faults of the data write nothing", not os.path.exists(here("a.bin")))
+
+
+def test_not_finite(folder):
+    here = lambda name: os.path.join(folder, name)
+    run = [*SMALL, "--eval_problems", 0, "-o", here("a.bin")]
+    good("a good run", *run, "-x", 2)
+    before = read(here("a.bin"))
+    bad("a huge learning rate names the step", 1, ["step 1:"], *run, "-x", 50, "--save_steps", 0,
+        "--learning_rate", "1e9", "--warmup_steps", 0)
+    check("the last checkpoint is left alone", read(here("a.bin")) == before)
+    nan = bytearray(before)
+    struct.pack_into("<f", nan, 1024 + ord("q") * 16 * 4, math.nan)     # in the embeddings
+    write(here("nan.bin"), nan)
+    bad("a NaN among the weights", 1, ["step 2:"], "--resume", here("nan.bin"), "-x", 300)
+    check("it is left alone, too", read(here("nan.bin")) == nan)
+
+
+def test_damaged_state(folder):
+    """Numbers of the recipe in a checkpoint that no option would let through."""
+    here = lambda name: os.path.join(folder, name)
+    good("a good run", *SMALL, "--eval_problems", 0, "-x", 2, "-o", here("a.bin"))
+    data = read(here("a.bin"))
+    state = len(data) - struct.unpack_from("<Q", data, 32)[0]
+    recipe = ["batch_size", "max_length", "micro_batch_size", "max_steps"]
+    check("the recipe is in its place", struct.unpack_from("<4q", data, state) == (2, 16, 0, 2))
+    for name, slot, value in (*((n, i, v) for i, n in enumerate(recipe) for v in (-1, 2**62)),
+                              ("batch_size", 0, 0), ("max_length", 1, 1), ("step", 16, -1)):
+        spoiled = data[:state + 8 * slot] + struct.pack("<q", value) + data[state + 8 * slot + 8:]
+        path = write(here("spoiled.bin"), spoiled)
+        bad(f"a checkpoint whose {name} is {value}", 1, [path, name], "--resume", path, "-x", 3,
+            timeout=5)
+    for n in (1, 64, 1000, len(data) // 2):
+        path = write(here("cut.bin"), data[:-n])
+        bad(f"a checkpoint cut by {n}", 1, [path], "--resume", path)
+
+
+def limit_files(size):
+    """A disk that is full after so many bytes of a file, as far as the program can tell."""
+    def set_limit():
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))
+    return set_limit
+
+
+def test_output_faults(folder):
+    here = lambda name: os.path.join(folder, name)
+    run = [*SMALL, "-d", write(here("text"), END.join(documents(40))), "-x", 2]
+    good("a good run", *run, "-o", here("a.bin"), "--log", here("log"))
+    before, log = read(here("a.bin")), read_log(here("log"))
+    write(here("a.bin.tmp"), "stale")
+    good("a stale temporary file", *run, "-o", here("a.bin"))
+    check("it is gone, and the model is there", read(here("a.bin")) == before and
+          not os.path.exists(here("a.bin.tmp")))
+    for size in (0, 500, 5000, len(before) - 1):
+        bad(f"a disk with room for {size} bytes", 1, [here("a.bin")], *run, "--seed", 2,
+            "-o", here("a.bin"), preexec_fn=limit_files(size))
+        check("the old checkpoint is whole", read(here("a.bin")) == before)
+        check("nothing is left of the new one", not os.path.exists(here("a.bin.tmp")))
+    bad("no room for the log", 1, [here("log")], *run, "-o", here("b.bin"), "--log", here("log"),
+        preexec_fn=limit_files(10))
+    bad("no folder", 1, [here("no/a.bin")], *run, "-o", here("no/a.bin"))
+    r = train(*run, "-o", here("no/a.bin"))
+    check("that is found before the first step", "step" not in r.err, r)
+    bad("no folder for the log", 1, [here("no/log")], *run, "-o", here("b.bin"),
+        "--log", here("no/log"))
+    bad("a folder as output", 1, [folder], *run, "-o", folder)
+    check("a folder as output: nothing is left", not os.path.exists(folder + ".tmp"))
+    if os.getuid():                                     # root may write anywhere
+        os.mkdir(here("locked"), 0o555)
+        bad("a read-only folder", 1, [here("locked")], *run, "-o", here("locked/a.bin"))
+    for option in ("-o", "--log"):
+        if not os.path.exists(here("pipe")):
+            os.mkfifo(here("pipe"))
+        bad(f"{option} pipe", 1, [here("pipe")], *run, "-o", here("b.bin"), option, here("pipe"),
+            timeout=5)
+        check(f"{option} pipe leaves the pipe, so /dev/null as well, where it is",
+              stat.S_ISFIFO(os.stat(here("pipe")).st_mode))
+    if os.path.exists("/dev/full"):
+        with open("/dev/full", "wb") as full:
+            r = train(*run, "-o", here("b.bin"), stdout=full)
+        check("stdout is full", r.code == 1 and r.last.startswith("train: stdout"), r)
+    command = " ".join(f"'{x}'" for x in [TRAIN, *run, "-o", here("c.bin"), "--log", here("log")])
+    for closed in ("<&- 2>&-", "2>&-", "2>&- >&-"):
+        done = subprocess.run(["sh", "-c", f"{command} {closed}"], env=environment(),
+                              stdout=subprocess.PIPE)
+        check(f"standard files closed, {closed}: files are whole", read(here("c.bin")) == before and
+              read_log(here("log")) == log, read(here("log"))[:200])
+        expected = ">&-" in closed.split()              # 1: nobody gets the result
+        check(f"standard files closed, {closed}", done.returncode == expected, done)
+    done = subprocess.run(["sh", "-c", f"ulimit -s 256; {command}"], env=environment(),
+                          capture_output=True)
+    check("a small stack", done.returncode == 0, done.stderr)
+
+
+def main():
+    tests = [value for name, value in globals().items() if name.startswith("test_")]
+    for test in tests:
+        start = time.monotonic()
+        with tempfile.TemporaryDirectory() as folder:
+            try:
+                test(folder)
+            except Exception as e:                      # go on with the next test
+                check(test.__name__, False, repr(e))
+        print(f"{test.__name__}: {time.monotonic() - start:.1f} s")
+    print(f"{passed} passed, {failed} failed")
+    sys.exit(failed > 0)
+
+
+if __name__ == "__main__":
+    main()
