@@ -98,6 +98,7 @@ static const char NOTES[] =
     "longer than the context is read in windows, half of each as context only. A row of --logits\n"
     "and a position in --trace belong to one token of the input, its BOS included.\n";
 
+// What --help prints: usage and examples, the options, and how they play together.
 static void print_help(const Options *options) {
     fputs(USAGE, stdout);
     print_options(options);
@@ -202,6 +203,7 @@ static void read_tokens(Run *r) {
 // Tokens on their way to stdout: as text or, with --ids, as numbers.
 typedef struct { int ids; size_t count; Utf8 text; } Printer;
 
+// One token on its way to stdout: its id with --ids, else its text.
 static void print_token(Printer *p, int id) {
     char bytes[8];
     if (p->ids) printf("%s%d", p->count++ ? " " : "", id);
@@ -221,6 +223,7 @@ static void discard_outputs(void) {
     if (trace_output.temporary) remove(trace_output.temporary);
 }
 
+// Whether a complete output may take the place of what is at `path`: nothing, or a file.
 static int replaceable(const char *path) {
 #ifdef _WIN32
     return path != NULL;
@@ -354,6 +357,7 @@ static double resolve(const Run *r, int option, double value, double models) {
     return r->given[option] || !(models >= k->least && models <= k->most) ? value : models;
 }
 
+// The sampler: the command line's settings, else the model's own, else the defaults.
 static Sampler sampler_new(const Run *r) {
     const Config *c = &r->model.config;
     const Settings *set = &r->set;
@@ -516,11 +520,13 @@ static void evaluate(Run *r) {
 
 enum { BENCH_REPEATS = 5, BENCH_PROMPT = 512, BENCH_BEFORE = 16, BENCH_TOKENS = 128 };
 
+// For qsort: doubles, the smallest first.
 static int ascending(const void *a, const void *b) {
     const double x = *(const double *)a, y = *(const double *)b;
     return x < y ? -1 : x > y;
 }
 
+// The middle one of n numbers, which it sorts.
 static double median(double *x, size_t n) {
     qsort(x, n, sizeof *x, ascending);
     return x[n / 2];
@@ -627,6 +633,7 @@ static void info(const Run *r) {
     print_count("cache_bytes_per_token", cache_bytes(&m->config));
 }
 
+// Mode tokenize: the ids of the text on one line.
 static void print_tokens(const Run *r) {
     for (size_t i = 0; i < r->n_tokens; i++) printf("%s%d", i ? " " : "", r->tokens[i]);
     if (r->n_tokens) putchar('\n');
@@ -681,6 +688,7 @@ static void work(Run *r) {
     output_close(&trace_output);
 }
 
+// Reads the command line, then hands over to the mode.
 int main(int argc, char **argv) {
     program = "run";
     occupy_standard_files();
