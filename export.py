@@ -30,7 +30,7 @@ checkpoint) meet in tensors(): a target walks over it and asks its source for on
 Contents: [1] errors and files   [2] config   [3] tensors   [4] tokenizer
           [5] sources            [6] targets  [7] command line
 """
-import argparse, contextlib, json, math, os, re, shutil, signal, struct, sys, tempfile, time
+import argparse, contextlib, json, math, os, re, shutil, signal, struct, sys, time
 from typing import NamedTuple
 
 try:
@@ -118,7 +118,9 @@ def new_files(folder, names, size):
                 die(path, "is not a file, so it is not replaced")
         if size > (free := shutil.disk_usage(folder).free):
             die(paths[0], f"needs {size} bytes, only {free} are free there")
-        new = stack.enter_context(tempfile.TemporaryDirectory(prefix=".export-", dir=folder))
+        new = os.path.join(folder, f".export-{os.getpid()}")
+        stack.callback(shutil.rmtree, new, ignore_errors=True)  # first: then no signal is too early
+        os.mkdir(new)
         files = [stack.enter_context(open(os.path.join(new, name), "wb")) for name in names]
         yield files
         for f in files:

@@ -210,9 +210,11 @@ def test_further(folder):
     run = [*SMALL, *data]
     first = good("4 steps", *run, "-x", 4, "-o", here("a.bin"), "--log", here("a.tsv"))
     before, log = read(here("a.bin")), read_log(here("a.tsv"))
+    inode = os.stat(here("a.bin")).st_ino
     r = good("a finished run", "--resume", here("a.bin"), *data, "--log", here("a.tsv"))
     check("it prints its val_loss again", r.out == first.out, r.out)
-    check("it leaves the bytes alone", read(here("a.bin")) == before)
+    check("it leaves the file alone", read(here("a.bin")) == before and
+          os.stat(here("a.bin")).st_ino == inode)
     check("it leaves the log alone", read_log(here("a.tsv")) == log)
     good("all options repeated", "--resume", here("a.bin"), *run, "-x", 4)
     good("5 steps more", "--resume", here("a.bin"), *data, "-x", 9, "--log", here("a.tsv"))
@@ -362,8 +364,18 @@ def test_order(folder):
     check("an epoch has every window once", all(sorted(e) == sorted(order[:8]) for e in epochs))
     check("every epoch has an order of its own", epochs[0] != epochs[1] != epochs[2] != epochs[0])
     good("shuffled otherwise", *still, "-b", 1, "-x", 8, "--seed", 3)
-    good("the middle of a window", *still, "-b", 1, "-x", 1, "--sequential", "-l", 120)
+    good("one long window", *still, "-b", 1, "-x", 1, "--sequential", "-l", 120)
     check("a window of any length", len(losses(here("log"))) == 1)
+
+    # The built-in task is a stream like any text.
+    write(here("text"), good("its text", *SMALL, "--show_data", 9).out)
+    run = [*TINY, "-b", 2, "-l", 37, "-x", 6, "--learning_rate", 0, "--val", here("text"),
+           "--eval_problems", 0, "-o", here("a.bin"), "--log", here("log")]
+    good("the built-in task", *run)
+    made = losses(here("log"))
+    good("the built-in task from a file", *run, "-d", here("text"), "--sequential")
+    check("problems made on the fly are the ones shown, in windows that overlap by one",
+          losses(here("log")) == made, made)
 
 
 def test_overfit(folder):
