@@ -848,6 +848,16 @@ static void read_exactly(void *to, size_t bytes, FILE *file, const char *path) {
              path, errno ? strerror(errno) : "end of file");
 }
 
+// Reads n float32 numbers.
+static void read_floats(real *to, size_t n, FILE *file, const char *path) {
+    float chunk[4096];
+    for (size_t i = 0; i < n; ) {
+        size_t k = n - i < 4096 ? n - i : 4096;
+        read_exactly(chunk, k * sizeof(float), file, path);
+        for (size_t j = 0; j < k; j++) to[i++] = (real)chunk[j];
+    }
+}
+
 // Opens a regular file and tells its size. Directories and pipes open too on some systems, hence
 // the checks.
 static FILE *open_regular(const char *path, uint64_t *bytes) {
@@ -910,12 +920,7 @@ static Model model_open(const char *path, int to_train, FILE **state, uint64_t *
 #endif
     if (!m.map) {
         m.weights = allocate(product(m.w.size, sizeof(real)), "the weights");
-        float chunk[4096];
-        for (size_t i = 0; i < m.w.size; ) {
-            size_t n = m.w.size - i < 4096 ? m.w.size - i : 4096;
-            read_exactly(chunk, n * sizeof(float), file, path);
-            for (size_t k = 0; k < n; k++) m.weights[i++] = (real)chunk[k];
-        }
+        read_floats(m.weights, m.w.size, file, path);
     }
     weights_bind(&m.w, m.weights);
     if (state) *state = file; else fclose(file);

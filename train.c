@@ -1228,16 +1228,6 @@ static void save_checkpoint(Run *run) {
     run->saved = 1;
 }
 
-// Reads n float32 numbers.
-static void read_floats(real *to, size_t n, FILE *file, const char *path) {
-    float chunk[4096];
-    for (size_t i = 0; i < n; ) {
-        size_t k = n - i < 4096 ? n - i : 4096;
-        read_exactly(chunk, k * sizeof(float), file, path);
-        for (size_t j = 0; j < k; j++) to[i++] = (real)chunk[j];
-    }
-}
-
 // Takes the value of key k over from the struct `have`, which came from the file `where`, or ends
 // the program if the user gave another one.
 static void must_agree(const Options *table, const Key *k, const void *have, const char *where) {
