@@ -548,9 +548,7 @@ static double operations(const Model *m, double n, double pos) {
     const double per_key = pos == 0 && n > 1
         ? (double)(c->qk_nope_head_dim + c->qk_rope_head_dim + c->v_head_dim)
         : (double)(c->kv_lora_rank + c->qk_rope_head_dim + c->kv_lora_rank);
-    size_t total, active;
-    count_parameters(m, &total, &active);
-    return 2 * (n * ((double)active - head) + head + keys * per_key * heads);
+    return 2 * (n * ((double)count_parameters(m).active - head) + head + keys * per_key * heads);
 }
 
 // Seconds per token, on random ones: the first `prompt` at once; then, from `before` on, n one by
@@ -587,12 +585,11 @@ static void bench(Run *r) {
         r->tokens[i] = (int)(rng_next(&rng) % (uint64_t)m->config.vocab_size);
     double prompt_s, token_s;           // seconds per token
     time_tokens(r, prompt, before, n, &prompt_s, &token_s);
-    size_t total, active;
-    count_parameters(m, &total, &active);
     // A token reads every active parameter, and the cache up to where it is: on average the middle.
     const double middle = (double)before + (double)(n - 1) / 2;
     const double prompt_flop = operations(m, (double)prompt, 0);
-    const double bytes = (double)active * sizeof(real) + middle * (double)cache_bytes(&m->config);
+    const double bytes = (double)count_parameters(m).active_bytes +
+                         middle * (double)cache_bytes(&m->config);
     print_count("prefill_tokens", prompt);
     print_value("prefill_tok_s", 1 / prompt_s);
     print_value("prefill_gflop_s", prompt_flop / (double)prompt / prompt_s * 1e-9);
@@ -613,23 +610,24 @@ static void info(const Run *r) {
         if (k->kind == NUM) print_value(k->name, f);
         else printf("%s %s\n", k->name, key_text(k, &m->config));
     }
-    printf("dtype f32\ntokenizer %s\n", m->tokenizer == BYTES ? "bytes" : "none");
+    static const char *const type_names[] = { "f32", "bf16", "q8" };
+    printf("dtype %s\n", type_names[m->w.embed_tokens->type]);
+    printf("tokenizer %s\n", m->tokenizer == BYTES ? "bytes" : "none");
     for (size_t i = 0; i < m->w.n_tensors; i++) {
         const Tensor *t = &m->w.tensor[i];
         const int vector = t->init == ONES || t->init == ZEROS;
         for (size_t e = 0; e < t->copies; e++) {
             char name[128];
             tensor_name(name, sizeof name, &m->w, i, e);
-            if (vector) printf("%s %zu f32\n", name, t->cols);
-            else printf("%s %zux%zu f32\n", name, t->rows, t->cols);
+            if (!vector) printf("%s %zux%zu %s\n", name, t->rows, t->cols, type_names[t->type]);
+            else printf("%s %zu f32\n", name, t->cols);
         }
     }
-    size_t total, active;
-    count_parameters(m, &total, &active);
-    print_count("total_parameters", total);
-    print_count("active_parameters", active);
-    print_count("bytes", total * sizeof(real));
-    print_count("flops_per_token", 2 * active);     // without attention to the past, which grows
+    const Parameters p = count_parameters(m);
+    print_count("total_parameters", p.total);
+    print_count("active_parameters", p.active);
+    print_count("bytes", p.bytes);
+    print_count("flops_per_token", 2 * p.active);   // without attention to the past, which grows
     print_count("cache_bytes_per_token", cache_bytes(&m->config));
 }
 

@@ -95,7 +95,7 @@ static Config random_config(int i, int wide) {
 static Model random_model(int i, int wide) {
     Model m = { .config = random_config(i, wide) };
     m.coe_weights = m.config.inner_iter > 1 && i % 4 == 0;
-    m.w = weights_layout(&m.config, m.coe_weights);
+    m.w = weights_layout(&m.config, m.coe_weights, F32);
     m.weights = allocate(m.w.size * sizeof(real), "the weights");
     weights_bind(&m.w, m.weights);
     for (size_t k = 0; k < m.w.n_tensors; k++) {
@@ -337,7 +337,7 @@ static void compare_gradients(const Weights *a, const Weights *b, const char *wh
 
 // Weights laid out like the model's, with memory of their own.
 static Weights gradients_of(const Model *m) {
-    Weights w = weights_layout(&m->config, m->coe_weights);
+    Weights w = weights_layout(&m->config, m->coe_weights, F32);
     weights_bind(&w, allocate(m->w.size * sizeof(real), "gradients"));
     return w;
 }
@@ -382,7 +382,7 @@ static Run one_step(const Model *m, const int *tokens, size_t B, size_t n, int64
     run.recipe.sequential = 1;
     run.model.weights = allocate(m->w.size * sizeof(real), "weights");
     memcpy(run.model.weights, m->weights, m->w.size * sizeof(real));
-    run.model.w = weights_layout(&m->config, m->coe_weights);
+    run.model.w = weights_layout(&m->config, m->coe_weights, F32);
     weights_bind(&run.model.w, run.model.weights);
     make_room(&run);
     run.data =
