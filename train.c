@@ -615,7 +615,7 @@ static void rmsnorm_backward(real *dx, size_t lddx, const Tensor *dw, const real
 // NULL.
 static void linear_backward(real *dx, const Tensor *dw, const Tensor *db, const real *dy,
                             const real *x, const Tensor *w, size_t e, size_t n, int add) {
-    if (dx) matmul_nn(dx, w->cols, dy, w->rows, at(w, e), w->cols, n, w->cols, w->rows, add);
+    if (dx) matmul_nn(dx, w->cols, dy, w->rows, matrix(w, e, 0), n, w->cols, w->rows, add);
     matmul_tn(at(dw, e), w->cols, dy, w->rows, x, w->cols, n, w->cols, w->rows, 1);
     if (db && db->data) add_rows(db->data, dy, w->rows, NULL, 0, NULL, n, w->rows);
 }
@@ -744,7 +744,7 @@ static void attend_backward(const Config *c, State *s, const LayerState *a, Grad
             const real *d_o = g->dheads + (first * H + h) * dv;
             real *dq_h = g->dq + (first * H + h) * dq;
             scores_of(p, q, H * dq, kv, H * dkv, k_rot, R + dr, rows, keys, dn, dr);
-            matmul_nt(ds, keys, d_o, H * dv, kv + dn, H * dkv, rows, dv, keys, 0);
+            matmul_nt(ds, keys, d_o, H * dv, plain(kv + dn, H * dkv), rows, dv, keys, 0);
             for (size_t i = 0; i < rows; i++) {
                 const real log_sum = a->log_sum[(first + i) * H + h];
                 const real along = dot(d_o + i * H * dv, o + i * H * dv, dv);
@@ -758,8 +758,8 @@ static void attend_backward(const Config *c, State *s, const LayerState *a, Grad
                 memset(dsi + seen, 0, (keys - seen) * sizeof(real));
             }
             matmul_tn(dkv_h + dn, H * dkv, p, keys, d_o, H * dv, rows, dv, keys, 1);
-            matmul_nn(dq_h, H * dq, ds, keys, kv, H * dkv, rows, dn, keys, 0);
-            matmul_nn(dq_h + dn, H * dq, ds, keys, k_rot, R + dr, rows, dr, keys, 0);
+            matmul_nn(dq_h, H * dq, ds, keys, plain(kv, H * dkv), rows, dn, keys, 0);
+            matmul_nn(dq_h + dn, H * dq, ds, keys, plain(k_rot, R + dr), rows, dr, keys, 0);
             matmul_tn(dkv_h, H * dkv, ds, keys, q, H * dq, rows, dn, keys, 1);
             matmul_tn(dk_rot, H * dr, ds, keys, q + dn, H * dq, rows, dr, keys, 1);
         }
@@ -781,7 +781,7 @@ static void attention_backward(const Model *m, const Weights *dw, State *s, Grad
     linear_backward(g->dheads, &dl->o_proj, &dl->o_bias, g->dmid, a->heads, &w->o_proj, 0, T, 0);
     attend_backward(c, s, a, g, B, n);
     // kv = kv_b_proj c, whose rows lie in the latent at stride R + dr
-    matmul_nn(g->dlatent, R, g->dkv, H * dkv, w->kv_b_proj.data, R, T, R, H * dkv, 0);
+    matmul_nn(g->dlatent, R, g->dkv, H * dkv, matrix(&w->kv_b_proj, 0, 0), T, R, H * dkv, 0);
     matmul_tn(dl->kv_b_proj.data, R, g->dkv, H * dkv, a->latent, R + dr, T, R, H * dkv, 1);
     #pragma omp parallel for if (worth_threads(T * H * dr))
     for (size_t t = 0; t < T; t++) {        // a rotation's transpose is the rotation back
@@ -844,7 +844,7 @@ static void feed_forward_backward(real *dx, real *dweight, const Tensor *dw[3], 
                                   const real *weight, const real *gate, const real *up,
                                   const Tensor *w[3], size_t e, size_t n, int add) {
     const size_t f = w[0]->rows, d = w[0]->cols;
-    matmul_nn(dact, f, dy, d, at(w[2], e), f, n, f, d, 0);
+    matmul_nn(dact, f, dy, d, matrix(w[2], e, 0), n, f, d, 0);
     #pragma omp parallel for if (worth_threads(n * f))
     for (size_t t = 0; t < n; t++) {
         const real k = weight ? weight[t] : 1;
@@ -915,7 +915,7 @@ static double route_backward(const Config *c, Gradients *g, real *dx, const Iter
         softmax_backward(dscore, score, E);
     }
     const size_t router = c->use_igate ? t : 0;
-    matmul_nn(dx, d, g->dscore, E, at(&w->gate, router), d, T, d, E, 1);
+    matmul_nn(dx, d, g->dscore, E, matrix(&w->gate, router, 0), T, d, E, 1);
     matmul_tn(at(&dl->gate, router), d, g->dscore, E, i->x, d, T, d, E, 1);
     phase(BACKWARD + EXPERTS);
     return loss;
@@ -1042,7 +1042,7 @@ static Loss backward(const Model *m, const Weights *dw, State *s, Gradients *g, 
     const Config *c = &m->config;
     const size_t d = c->hidden_size, T = B * n;
     Loss loss = { 0, 0 };
-    forward(m, s, tokens, B, n, 0);
+    forward(m, s, tokens, B, n, 0, T);
     loss.loss = loss_of(m, dw, s, g, targets, T, scale);
     rmsnorm_backward(g->dx, d, dw->norm, g->dnorm, d, s->inverse_out, s->out, d, m->w.norm, T, 0);
     for (size_t l = (size_t)c->num_hidden_layers; l-- > 0; ) {
@@ -1262,7 +1262,7 @@ static double validate(Run *run) {
     double total = 0;
     if (val->n < 2) return NAN;
     if (n == 0) {
-        forward(m, s, val->tokens, 1, val->n - 1, 0);
+        forward(m, s, val->tokens, 1, val->n - 1, 0, val->n - 1);
         return loss_of(m, NULL, s, &run->g, val->tokens + 1, val->n - 1,
                        1.0 / (double)(val->n - 1));
     }
@@ -1272,7 +1272,7 @@ static double validate(Run *run) {
         const size_t B = n - i < step ? n - i : step;
         memcpy(inputs, val->tokens + i * L, B * L * sizeof(int));
         memcpy(targets, val->tokens + i * L + 1, B * L * sizeof(int));
-        forward(m, s, inputs, B, L, 0);
+        forward(m, s, inputs, B, L, 0, B * L);
         total += loss_of(m, NULL, s, &run->g, targets, B * L, 1);
     }
     release(inputs);
@@ -1290,13 +1290,13 @@ static void complete(const Model *m, State *s, Sampler *sampler, const int *prom
     real *logits = allocate(V * sizeof(real), "logits");
     Candidate *candidate = allocate(V * sizeof(Candidate), "candidates");
     size_t length = 0;
-    forward(m, s, prompt, 1, n, 0);
+    forward(m, s, prompt, 1, n, 0, 1);
     for (size_t i = 0; i < most; i++) {
-        logits_forward(m, s, logits, i ? 0 : n - 1, 1);
+        logits_forward(m, s, logits, 0, 1);
         int token = sample(sampler, logits, candidate, NULL, V);
         if (token == m->config.eos_token_id) break;
         length += decode(text + length, token);
-        if (i + 1 < most) forward(m, s, &token, 1, 1, n + i);
+        if (i + 1 < most) forward(m, s, &token, 1, 1, n + i, 1);
     }
     text[length] = 0;
     release(logits);
@@ -1695,7 +1695,7 @@ static void fresh_model(Run *run, const Options *tables) {
     if (*run->job.tokenizer) take_tokenizer(run, tables, 1);
     else choose_tokenizer(run, tables);
     config_check(c, "options", WRONG_USAGE);
-    m->w = weights_layout(c, 0);
+    m->w = weights_layout(c, 0, F32);
     m->weights = allocate(product(m->w.size, sizeof(real)), "the weights");
     weights_bind(&m->w, m->weights);
     weights_init(m, (uint64_t)run->recipe.seed);
@@ -1742,7 +1742,7 @@ static void make_room(Run *run) {
     const size_t B = (size_t)r->batch_size, L = (size_t)r->max_length;
     const int in_parts = r->micro_batch_size && r->micro_batch_size < r->batch_size;
     const size_t at_once = in_parts ? (size_t)r->micro_batch_size : B;
-    run->dw = weights_layout(&m->config, m->coe_weights);
+    run->dw = weights_layout(&m->config, m->coe_weights, F32);
     run->grad = allocate(product(m->w.size, sizeof(real)), "the gradients");
     weights_bind(&run->dw, run->grad);
     if (!run->m) run->m = allocate(product(m->w.size, sizeof(real)), "AdamW's first moments");

@@ -3,7 +3,8 @@
 //
 //     bench fma THREADS                                fused multiply-adds in registers
 //     bench read THREADS                               reading memory
-//     bench forward|dx|dw|decode THREADS N IN OUT COPIES       matrix products of N tokens
+//     bench forward|dx|dw THREADS N IN OUT COPIES      matrix products of N tokens
+//     bench f32|bf16|q8 THREADS 1 IN OUT COPIES        of one token, with weights of a type
 //     bench model FILE [--vocab_size ...]              a model file with random weights
 //
 // A measurement prints the median of 5 in operations or bytes per second, and (most - least) /
@@ -100,43 +101,60 @@ static real *random_numbers(size_t n) {
     return x;
 }
 
+enum { FORWARD, DX, DW };
+
 typedef struct {
-    char kind;                      // 'f'orward, 'd'x, 'w' for dw, or 1 for decoding
+    int pass;
     size_t n, in, out, copies;      // each of the copies of w is multiplied with n rows of its own
     Tensor w, dw;                   // (copies, out, in)
     real *x, *y;                    // (copies n, in), (copies n, out)
 } Products;
 
-// One product of [7] for each copy. Several copies are experts: each is a thread's own, as in
-// ffn_forward. While decoding they come one after another, and the threads share each.
-static void multiply(const void *of) {
-    const Products *p = of;
+// The product of [7] with copy e.
+static void multiply_copy(const Products *p, size_t e) {
     const size_t n = p->n, in = p->in, out = p->out;
-    #pragma omp parallel for schedule(dynamic, 1) if (p->copies > 1 && n > 1)
-    for (size_t e = 0; e < p->copies; e++) {
-        real *x = p->x + e * n * in, *y = p->y + e * n * out;
-        if (p->kind == 'f') linear(y, x, &p->w, e, NULL, n);
-        if (p->kind == 'x') matmul_nn(x, in, y, out, at(&p->w, e), in, n, in, out, 0);
-        if (p->kind == 'w') matmul_tn(at(&p->dw, e), in, y, out, x, in, n, in, out, 1);
+    real *x = p->x + e * n * in, *y = p->y + e * n * out;
+    switch (p->pass) {
+    case FORWARD: linear(y, x, &p->w, e, NULL, n); break;
+    case DX:      matmul_nn(x, in, y, out, matrix(&p->w, e, 0), n, in, out, 0); break;
+    case DW:      matmul_tn(at(&p->dw, e), in, y, out, x, in, n, in, out, 1); break;
     }
 }
 
-// Measures the product that argv names, in operations per second; one token's in bytes.
-static void measure_products(const char *kind, char **argv) {
-    Products p = { .kind = !strcmp(kind, "dx") ? 'x' : !strcmp(kind, "dw") ? 'w' : 'f' };
+// All of them. Several copies are experts: each is a thread's own, as in ffn_forward. For a single
+// token they come one after another, and the threads share each.
+static void multiply(const void *of) {
+    const Products *p = of;
+    if (p->copies > 1 && p->n > 1) {
+        #pragma omp parallel for schedule(dynamic, 1)
+        for (size_t e = 0; e < p->copies; e++) multiply_copy(p, e);
+    } else {
+        for (size_t e = 0; e < p->copies; e++) multiply_copy(p, e);
+    }
+}
+
+// Measures the products that argv names, in operations per second, or for one token in bytes.
+static void measure_products(const char *what, char **argv) {
+    static const char *const names[] = { "forward", "dx", "dw", "f32", "bf16", "q8" };
+    int name = 0;
+    while (name < 6 && strcmp(what, names[name])) name++;
+    if (name == 6) fail(WRONG_USAGE, "%s: unknown, see tests/bench.c", what);
+    Products p = { .pass = name < 3 ? name : FORWARD };
     size_t *const sizes[] = { &p.n, &p.in, &p.out, &p.copies };
     for (int i = 0; i < 4; i++)
         if ((*sizes[i] = strtoul(argv[i], NULL, 10)) == 0)
             fail(WRONG_USAGE, "size %d is \"%s\", must be at least 1", i + 1, argv[i]);
     const size_t weights = product(product(p.copies, p.in), p.out);
-    p.w = (Tensor){ .name = "w", .copies = p.copies, .rows = p.out, .cols = p.in };
+    p.w = (Tensor){ .name = "w", .copies = p.copies, .rows = p.out, .cols = p.in,
+                    .type = name < 3 ? F32 : (enum Type)(name - 3) };
     p.dw = p.w;
-    p.w.data = random_numbers(weights);
-    p.dw.data = p.kind == 'w' ? random_numbers(weights) : NULL;
+    const size_t bytes = product(p.copies, copy_bytes(&p.w));
+    p.w.data = p.w.type == F32 ? random_numbers(weights) : allocate(bytes, "weights");
+    if (p.w.type != F32) memset(p.w.data, 0x3C, bytes);     // 60, or as bfloat16 and scale 0.0115
+    p.dw.data = p.pass == DW ? random_numbers(weights) : NULL;
     p.x = random_numbers(product(product(p.copies, p.n), p.in));
     p.y = random_numbers(product(product(p.copies, p.n), p.out));
-    const double amount = (double)weights * (double)(p.n == 1 ? sizeof(real) : 2 * p.n);
-    measure_rate(multiply, &p, amount);
+    measure_rate(multiply, &p, p.n == 1 ? (double)bytes : 2.0 * (double)weights * (double)p.n);
 }
 
 // ---- models -------------------------------------------------------------------------------------
@@ -150,7 +168,7 @@ static void write_model(const char *path, int argc, char **argv) {
     m.config.bos_token_id = m.config.eos_token_id = -1;
     parse_options(&table, 1, argc, argv, 0);
     config_check(&m.config, "options", WRONG_USAGE);
-    m.w = weights_layout(&m.config, 0);
+    m.w = weights_layout(&m.config, 0, F32);
     m.weights = allocate(product(m.w.size, sizeof(real)), "the weights");
     weights_bind(&m.w, m.weights);
     for (size_t i = 0; i < m.w.n_tensors; i++) {
@@ -185,10 +203,9 @@ int main(int argc, char **argv) {
         const size_t n = (size_t)1 << 27;       // 0.5 GB of floats, more than a cache holds
         const Block block = { random_numbers(n), n };
         measure_rate(read_block, &block, (double)(n * sizeof(real)));
-    } else if (argc == 7) {
-        measure_products(what, argv + 3);
     } else {
-        fail(WRONG_USAGE, "%s: unknown, or without its four sizes", what);
+        if (argc != 7) fail(WRONG_USAGE, "%s: takes four sizes, see tests/bench.c", what);
+        measure_products(what, argv + 3);
     }
     return 0;
 }

@@ -15,8 +15,9 @@ What counts as work is one formula for both sides, counts() and forward_flops() 
 for each weight that a token is multiplied with, routed experts only where it is sent to, and for
 each pair of tokens in causal attention, at the width of expanded keys and values; training is 3
 times that, because the backward pass has two products for each one forward. A token decoded reads
-each of those weights, in the type of the file, and the cached latents. Norms, softmax, router
-bookkeeping and embedding rows count as nothing, so the share of the limit includes their cost.
+each of those weights, in the type of the file, and the cached latents. Norms, softmax, choosing
+experts and embedding rows count as nothing, so they lower the share of the limit; what a program
+saves itself, as the last layer's experts for rows whose logits nobody wants, counts as if done.
 
 The peer is a script that prints one JSON line a measurement:
     python PEER bench --impl fast --scale S --mode train,prefill,decode --C 2 --threads 2
@@ -58,12 +59,13 @@ KEYS = dict(V="vocab_size", d="hidden_size", L="num_hidden_layers", H="num_atten
             C="inner_iter")
 ALIKE = dict(q_lora_rank="null", n_shared_experts=1, rope_theta=10000, tie_word_embeddings="false",
              initializer_range=0.02, max_position_embeddings=8192)
+DTYPES = "f32", "bf16", "q8"
 REPEATS = 5
 GIGA = 1e9
 
 KINDS = {       # what a row measures, by the first word of its name
     "limit": "fused multiply-adds in registers, and reading 0.5 GB, with so many threads",
-    "kernel": "products of a training step, and of decoding one token (the share: of reading)",
+    "kernel": "matrix products of a training step; f32, bf16, q8: of one token, as in decoding",
     "train": "a training step: forward, backward, AdamW, without clipping",
     "gradients": "the same without AdamW",
     "adamw": "AdamW alone: 28 bytes a parameter, at the speed of reading",
@@ -288,7 +290,7 @@ class Bench:
         done = call([self.options.run, self.path(model, dtype), "-m", "bench",
                      "--threads", threads, *short])
         if done.returncode:
-            raise (Missing if "weight type" in done.stderr else Broken)(problem(done))
+            raise Broken(problem(done))
         value = {name: float(x) for name, x in (line.split() for line in done.stdout.splitlines())}
         return {what: Timing(value[what + "_tok_s"], value[what + "_spread"])
                 for what in ("prefill", "decode")}
@@ -376,7 +378,7 @@ def limit(b, what, threads):
 def kernel(b, kind, *sizes):
     rate, spread = b.rate(kind, b.threads, *sizes)
     shape = "x".join(map(str, sizes if sizes[-1] > 1 else sizes[:-1]))
-    if kind == "decode":
+    if sizes[0] == 1:
         return Figure(rate / GIGA, "GB/s", spread, shape, rate / b.reading(b.threads))
     return Figure(rate / GIGA, "GFLOP/s", spread, shape, rate / b.peak(b.threads))
 
@@ -488,7 +490,8 @@ def rows(threads_):
             for kind in ("forward", "dx", "dw"):
                 add(f"kernel:{scale}:{part}:{kind}", kernel, kind, n, *sizes,
                     copies if part == "expert" else 1)
-            add(f"kernel:{scale}:{part}:decode", kernel, "decode", 1, *sizes, copies)
+            for dtype in DTYPES:
+                add(f"kernel:{scale}:{part}:{dtype}", kernel, dtype, 1, *sizes, copies)
     for scale in SCALES:
         for C in (2, 1):
             m, tag = model_of(scale, C), f"{scale}:C{C}"
@@ -498,7 +501,7 @@ def rows(threads_):
                 add(f"adamw:{tag}", adamw, m, peer=(scale, C, "train"))
                 add(f"memory:{tag}", memory, m, peer=(scale, C, "train"))
             add(f"prefill:{tag}", prefill, m, peer=(scale, C, "prefill"))
-            for dtype in ("f32", "bf16", "q8"):
+            for dtype in DTYPES:
                 add(f"decode:{tag}:{dtype}", decode, m, dtype,
                     peer=(scale, C, "decode") if dtype == "f32" else None)
             if C == 2:

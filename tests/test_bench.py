@@ -107,7 +107,7 @@ def test_faults(folder):
     check("a peer that is not there", r.returncode == 0 and "peer: " in r.stdout, r)
     r = table("--only", "threads:T")
     check("one thread", r.returncode == 0 and "one thread only" in r.stdout, r)
-    for arguments in (["fma"], ["dx", 1, 2, 3], ["dx", 1, 2, 3, 0, 1],
+    for arguments in (["fma"], ["dx", 1, 2, 3], ["dx", 1, 2, 3, 0, 1], ["int4", 1, 1, 2, 3, 4],
                       ["model", os.path.join(folder, "no/model.bin")],
                       ["model", os.path.join(folder, "x.bin"), "--hidden_size", 0]):
         r = call(BENCH, *arguments)
