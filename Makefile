@@ -1,6 +1,7 @@
 # make            build ./run and ./train with whatever C compiler is here
 # make demo       train a small Chain-of-Experts on word problems, then ask it one
 # make test       everything that can be tested on this machine
+# make bench      measure speed against what the machine can do: see the top of tests/bench.py
 # make debug      run-debug and train-debug, with the address and undefined-behaviour sanitizers
 
 # -O3 unrolls and vectorises; -march=native uses the widest vectors this machine has (leave it out, or
@@ -12,6 +13,7 @@ ARCH   ?= -march=native
 # Each program uses a part of coe.c, and a compiler without OpenMP does not know its pragmas.
 WARN    = -Wall -Wextra -Wno-unused-function -Wno-unknown-pragmas
 PYTHON ?= python3
+PEER_PYTHON ?= $(PYTHON)
 
 # OpenMP where the compiler has it (make OPENMP= goes without).
 OPENMP ?= $(shell echo 'int main(void){return 0;}' | $(CC) -fopenmp -x c - -o /dev/null 2>/dev/null && echo -fopenmp)
@@ -39,8 +41,16 @@ demo: run train
 test: run train
 	CC="$(CC)" PLAIN="$(PLAIN)" BUILD="$(BUILD)" SANITIZE="$(SANITIZE)" $(PYTHON) tests/run_all.py
 
+bench bench-quick: run train build/bench
+	$(PYTHON) tests/bench.py $(if $(findstring quick,$@),--quick) $(if $(ONLY),--only "$(ONLY)") \
+		$(if $(TSV),--tsv "$(TSV)") $(if $(PEER),--peer "$(PEER)" --peer_python "$(PEER_PYTHON)")
+
+build/bench: tests/bench.c train.c coe.c
+	@mkdir -p build
+	$(BUILD) -o $@ $< -lm
+
 clean:
 	rm -f run train run-debug train-debug demo.bin demo.tsv
 	rm -rf build
 
-.PHONY: all debug demo test clean
+.PHONY: all debug demo test bench bench-quick clean

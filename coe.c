@@ -129,6 +129,24 @@ static double seconds(void) {
     return (double)t.tv_sec + 1e-9 * (double)t.tv_nsec;
 }
 
+// Where the time of a training step goes. The backward pass of phase p is BACKWARD + p; REST is all
+// that has no name, IDLE what lies between steps.
+enum { EMBEDDING, ATTENTION, ROUTER, EXPERTS, HEAD, BACKWARD, ADAMW = 2 * BACKWARD, REST, IDLE,
+       PHASES };
+static double phase_seconds[PHASES];
+static int profiling;               // set by train --profile, while only one thread passes here
+
+// What follows is phase `next`: the time since the last call goes to the phase that it began.
+static void phase(int next) {
+    static int current = IDLE;
+    static double since;
+    if (!profiling) return;
+    const double now = seconds();
+    phase_seconds[current] += now - since;
+    current = next;
+    since = now;
+}
+
 enum { MOST_THREADS = 1024 };
 // Uses n threads; with 0 as many as OMP_NUM_THREADS says, or where that makes no sense the machine.
 static void set_threads(int64_t n) {
@@ -1970,7 +1988,9 @@ static void ffn_forward(const Model *m, State *s, Iteration *i, size_t l, size_t
                      &w->shared_up_proj, &w->shared_down_proj, 0, T);
     else
         memset(i->ffn, 0, T * d * sizeof(real));
+    phase(ROUTER);
     route(c, i, w, t, T);
+    phase(EXPERTS);
     // With many tokens the threads take an expert each; with few they share the rows of one
     // expert's matrices. (No `if` on the pragma: a parallel region inside another, even one of a
     // single thread, starts its threads anew each time.)
@@ -2027,16 +2047,20 @@ static void forward(const Model *m, State *s, const int *tokens, size_t B, size_
     const Config *c = &m->config;
     const size_t d = c->hidden_size, L = c->num_hidden_layers, T = B * n;
     const Matrix embedding = matrix(m->w.embed_tokens, 0, 0);
+    phase(EMBEDDING);
     for (size_t t = 0; t < T; t++)
         for (size_t i = 0; i < d; i++)
             s->layer[0].x[t * d + i] = weight(embedding, (size_t)tokens[t], i);
     for (size_t l = 0; l < L; l++) {
         const int last = l + 1 == L;
+        phase(ATTENTION);
         attention_forward(m, s, l, B, n, pos);
+        phase(EXPERTS);
         if (last && wanted < T)
             memmove(s->layer[l].mid, s->layer[l].mid + (T - wanted) * d, wanted * d * sizeof(real));
         chain_forward(m, s, l, last ? s->out : s->layer[l + 1].x, last ? wanted : T);
     }
+    phase(HEAD);
     rmsnorm(s->final, d, s->inverse_out, s->out, d, m->w.norm, wanted, (real)c->rms_norm_eps);
 }
 

@@ -534,9 +534,10 @@ static int ascending(const void *a, const void *b) {
     return x < y ? -1 : x > y;
 }
 
-// The middle one of n numbers, which it sorts.
-static double median(double *x, size_t n) {
+// The middle one of n numbers, which it sorts, and how far apart they are as a part of that.
+static double median(double *x, size_t n, double *spread) {
     qsort(x, n, sizeof *x, ascending);
+    *spread = (x[n - 1] - x[0]) / x[n / 2];
     return x[n / 2];
 }
 
@@ -560,10 +561,11 @@ static double operations(const Model *m, double n, double pos) {
 }
 
 // Seconds per token, on random ones: the first `prompt` at once; then, from `before` on, n one by
-// one. The median of 5 runs each.
+// one. The median of 5 runs each, and their spread.
 static void time_tokens(Run *r, size_t prompt, size_t before, size_t n,
-                        double *at_once, double *single) {
+                        double at_once[2], double single[2]) {
     double all[BENCH_REPEATS], each[BENCH_REPEATS];
+    step(r, 0, prompt, 0, 0, 1);        // the first run brings the weights into memory
     for (int k = 0; k < BENCH_REPEATS; k++) {
         double start = seconds();
         logits_forward(&r->model, &r->state, r->logits, step(r, 0, prompt, 0, 0, 1), 1);
@@ -575,8 +577,8 @@ static void time_tokens(Run *r, size_t prompt, size_t before, size_t n,
         }
         each[k] = (seconds() - start) / (double)n;
     }
-    *at_once = median(all, BENCH_REPEATS);
-    *single = median(each, BENCH_REPEATS);
+    at_once[0] = median(all, BENCH_REPEATS, &at_once[1]);
+    single[0] = median(each, BENCH_REPEATS, &single[1]);
 }
 
 // Speed, and what it means for the machine. A short context makes the runs shorter.
@@ -589,8 +591,9 @@ static void bench(Run *r) {
     r->tokens = allocate(prompt * sizeof(int), "the tokens");
     for (size_t i = 0; i < prompt; i++)
         r->tokens[i] = (int)(rng_next(&rng) % (uint64_t)m->config.vocab_size);
-    double prompt_s, token_s;           // seconds per token
-    time_tokens(r, prompt, before, n, &prompt_s, &token_s);
+    double at_once[2], single[2];
+    time_tokens(r, prompt, before, n, at_once, single);
+    const double prompt_s = at_once[0], token_s = single[0];
     // A token reads every active parameter, and the cache up to where it is: on average the middle.
     const double middle = (double)before + (double)(n - 1) / 2;
     const double prompt_flop = operations(m, (double)prompt, 0);
@@ -598,9 +601,11 @@ static void bench(Run *r) {
                          middle * (double)cache_bytes(&m->config);
     print_count("prefill_tokens", prompt);
     print_value("prefill_tok_s", 1 / prompt_s);
+    print_value("prefill_spread", at_once[1]);
     print_value("prefill_gflop_s", prompt_flop / (double)prompt / prompt_s * 1e-9);
     print_count("decode_tokens", n);
     print_value("decode_tok_s", 1 / token_s);
+    print_value("decode_spread", single[1]);
     print_value("decode_gflop_s", operations(m, 1, middle) / token_s * 1e-9);
     print_value("decode_gb_s", bytes / token_s * 1e-9);
     print_value("bytes_per_token", bytes);

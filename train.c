@@ -69,6 +69,8 @@
       "where checkpoints go; with --resume that file")                                             \
     X(TEXT, log,               "log",              0,       0, 0,          "",         "",         \
       "TSV with a line for each step")                                                             \
+    X(FLAG, profile,           "profile",          0,       0, 1,          "",         "false",    \
+      "at the end, print what the time went into")                                                 \
     X(WORD, model,             "model",            0,       0, 2,          PRESETS,    "demo",     \
       "preset for all settings")                                                                   \
     X(INT,  eval_steps,        "eval_steps",       0,       0, 1e12,       "",         "250",      \
@@ -892,6 +894,7 @@ static double route_backward(const Config *c, Gradients *g, real *dx, const Iter
                              const Layer *w, const Layer *dl, size_t t, size_t B, size_t n,
                              double share) {
     const size_t T = B * n, d = c->hidden_size, E = c->n_routed_experts, K = c->num_experts_per_tok;
+    phase(BACKWARD + ROUTER);
     const double loss = balance(g->dscore, c, i, B, n, share);
     const int normalised = c->norm_topk_prob && K > 1;
     const real factor = (real)c->routed_scaling_factor;
@@ -914,6 +917,7 @@ static double route_backward(const Config *c, Gradients *g, real *dx, const Iter
     const size_t router = c->use_igate ? t : 0;
     matmul_nn(dx, d, g->dscore, E, matrix(&w->gate, router, 0), T, d, E, 1);
     matmul_tn(at(&dl->gate, router), d, g->dscore, E, i->x, d, T, d, E, 1);
+    phase(BACKWARD + EXPERTS);
     return loss;
 }
 
@@ -1011,6 +1015,7 @@ static double loss_of(const Model *m, const Weights *dw, State *s, Gradients *g,
     for (size_t first = 0; first < T; first += g->loss_rows) {
         const size_t rows = T - first < g->loss_rows ? T - first : g->loss_rows;
         double row_loss[rows];
+        phase(HEAD);
         logits_forward(m, s, g->logits, first, rows);
         #pragma omp parallel for if (worth_threads(rows * V))
         for (size_t t = 0; t < rows; t++) {
@@ -1020,6 +1025,7 @@ static double loss_of(const Model *m, const Weights *dw, State *s, Gradients *g,
             for (size_t i = 0; dw && i < V; i++) z[i] *= (real)scale;
         }
         for (size_t t = 0; t < rows; t++) total += row_loss[t];
+        phase(BACKWARD + HEAD);
         if (dw)
             linear_backward(g->dnorm + first * d, dw->lm_head, NULL, g->logits,
                             s->final + first * d, m->w.lm_head, 0, rows, 0);
@@ -1040,9 +1046,12 @@ static Loss backward(const Model *m, const Weights *dw, State *s, Gradients *g, 
     loss.loss = loss_of(m, dw, s, g, targets, T, scale);
     rmsnorm_backward(g->dx, d, dw->norm, g->dnorm, d, s->inverse_out, s->out, d, m->w.norm, T, 0);
     for (size_t l = (size_t)c->num_hidden_layers; l-- > 0; ) {
+        phase(BACKWARD + EXPERTS);
         loss.aux += chain_backward(m, dw, s, g, l, B, n, share);
+        phase(BACKWARD + ATTENTION);
         attention_backward(m, dw, s, g, l, B, n);
     }
+    phase(BACKWARD + EMBEDDING);
     for (size_t t = 0; t < T; t++) {        // embedding rows were copied: their gradients add up
         real *row = at(dw->embed_tokens, 0) + (size_t)tokens[t] * d;
         for (size_t i = 0; i < d; i++) row[i] += g->dx[t * d + i];
@@ -1417,6 +1426,7 @@ static Loss train_step(Run *run, double *norm) {
     const size_t B = (size_t)r->batch_size, L = (size_t)r->max_length,
         at_once = run->state.rows / L, size = run->model.w.size;
     Loss loss = { 0, 0 };
+    phase(REST);
     next_batch(&run->data, (uint64_t)run->step, run->inputs, run->targets, run->window);
     memset(run->grad, 0, size * sizeof(real));
     for (size_t b = 0; b < B; b += at_once) {
@@ -1427,6 +1437,7 @@ static Loss train_step(Run *run, double *norm) {
         loss.loss += part.loss;
         loss.aux += part.aux;
     }
+    phase(REST);
     *norm = gradient_norm(run->grad, size);
     if (!isfinite(loss.loss) || !isfinite(*norm))
         fail(FAILED, "step %lld: the loss is %g and the gradient's norm %g, must be finite; %s%s",
@@ -1435,7 +1446,9 @@ static Loss train_step(Run *run, double *norm) {
              run->saved ? run->job.output : "");
     const int too_long = r->max_grad_norm > 0 && *norm > r->max_grad_norm;
     const double clip = too_long ? r->max_grad_norm / (*norm + 1e-6) : 1;
+    phase(ADAMW);
     adamw(run->model.weights, run->m, run->v, run->grad, size, r, run->step, clip);
+    phase(IDLE);
     run->step++;
     return loss;
 }
@@ -1459,18 +1472,39 @@ static void log_number(FILE *log, double x) {
     fprintf(log, "\t%s", isnan(x) ? "" : decimal(text, x));
 }
 
+// What --profile prints, on stderr: seconds a step and share of each phase, over `steps` steps.
+static void print_profile(int64_t steps) {
+    static const char *const names[] = { "embedding", "attention", "router", "experts", "head" };
+    double all = 0;
+    for (int p = 0; p < IDLE; p++) all += phase_seconds[p];
+    fprintf(stderr, "profile of %lld step%s %14s %7s\n", (long long)steps, steps == 1 ? "" : "s",
+            "s a step", "%");
+    for (int p = 0; p <= IDLE; p++) {
+        const double s = p < IDLE ? phase_seconds[p] : all;
+        fprintf(stderr, "%-12s%-12s %10.6f %7.2f\n",
+                p < ADAMW ? names[p % BACKWARD] : p == ADAMW ? "AdamW" : p == REST ? "rest" : "all",
+                p < BACKWARD ? "forward" : p < ADAMW ? "backward" : "",
+                s / (double)steps, 100 * s / all);
+    }
+}
+
 // Trains from run->step to max_steps, with reports and checkpoints on the way. Returns the exit
 // code.
 static int train(Run *run) {
     const Recipe *r = &run->recipe;
     const Job *job = &run->job;
     FILE *log = *job->log ? open_log(job->log, run->step) : NULL;
-    const int finished = run->step >= r->max_steps;
+    const int64_t first = run->step;
+    const int finished = first >= r->max_steps;
+    int64_t profiled = 0;
     while (run->step < r->max_steps && !interrupted) {
         const int64_t s = run->step, last = r->max_steps - 1;
         const double start = seconds(), rate = learning_rate(r, s);
         double norm;
+        profiling = job->profile && (s > first || s == last);   // the first step also gets memory
         Loss loss = train_step(run, &norm);
+        profiled += profiling;
+        profiling = 0;
         const double tokens_per_s = (double)(r->batch_size * r->max_length) / (seconds() - start);
         const int measured = due(job->eval_steps, s, last);
         show_progress(run, loss.loss, rate, tokens_per_s, measured);
@@ -1486,6 +1520,7 @@ static int train(Run *run) {
             fputc('\n', log);
             if (fflush(log)) fail(FAILED, "%s: cannot be written: %s", job->log, strerror(errno));
         }
+        if (profiled && (s == last || interrupted)) print_profile(profiled);
         if (due(job->save_steps, s, last) || interrupted) save_checkpoint(run);
     }
     if (log) fclose(log);

@@ -83,6 +83,7 @@ def builds():
     yield "run-plain", f"{CC} -O3", "run.c"             # as the README says
     yield "train-plain", PLAIN, "train.c"
     yield "dump_grads", BUILD, "tests/dump_grads.c"
+    yield "bench", BUILD, "tests/bench.c"
     for source in ("test_ops", "test_model", "test_grad"):
         yield source, BUILD, f"tests/{source}.c"
     for source in ("test_ops", "test_model"):
@@ -194,7 +195,8 @@ def main():
             report("sanitizers", 0, 0, 2, text=f"not with this compiler: {SANITIZE}")
         for name, *args in (("test_train", "./train", "build/train-plain"), ("test_run", "./run"),
                             ("test_golden", "./train", "build/dump_grads"),
-                            ("test_task", "./train")):
+                            ("test_task", "./train"),
+                            ("test_bench", "./train", "./run", "build/bench")):
             groups.append((name + ".py", [sys.executable, f"tests/{name}.py", *args]))
         list(pool.map(run_tests, [*python_groups(), *groups]))
     print(f"{time.monotonic() - start:.0f} s")
