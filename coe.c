@@ -1706,7 +1706,7 @@ static void state_free(State *s) { release(s->memory); s->memory = NULL; }
 // The factor on the scores: (dn + dr)^(-1/2), times YaRN's temperature (mscale_all_dim), squared
 // because it belongs to both q and k.
 static real attention_scale(const Config *c) {
-    double factor = c->rope_scaling_factor;
+    double factor = c->rope_scaling_type ? c->rope_scaling_factor : 1;
     double m = factor > 1 ? 0.1 * c->rope_scaling_mscale_all * log(factor) + 1 : 1;
     return (real)(m * m / sqrt((double)(c->qk_nope_head_dim + c->qk_rope_head_dim)));
 }
