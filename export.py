@@ -210,6 +210,7 @@ TEXT_SLOTS = [Slot(*row) for row in (                          # slots 59..64
     ("repetition_penalty",      "f?", 1e-30, 1e9, -1.0),
     ("add_bos_token",           "b",  0, 1, False),            # of tokenizer_config.json
 )]
+DEFAULTS = {"generation_config.json": TEXT_SLOTS[:5], "tokenizer_config.json": TEXT_SLOTS[5:6]}
 SLOTS = FILE_SLOTS + MODEL_SLOTS + TEXT_SLOTS + [Slot(*RESERVED)] * 63    # to slot 127
 DEEPSEEK = {"inner_iter": 1, "inner_residual": False, "outer_residual": True, "use_igate": False}
 FIXED = {"hidden_act": "silu", "scoring_func": "softmax", "attention_dropout": 0.0,
@@ -525,12 +526,18 @@ def byte_tokenizer(c):
     byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True,
                   "use_regex": False}
     special = {256: "<|beginoftext|>", 257: "<|endoftext|>"}   # a model of train.c uses only 257
+    with_bos, bos = None, special.get(c.bos_token_id)
+    if c.add_bos_token and bos:            # transformers does not look at add_bos_token itself
+        one = [{"SpecialToken": {"id": bos, "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}]
+        with_bos = {"type": "TemplateProcessing", "single": one,
+                    "pair": [*one, {"Sequence": {"id": "B", "type_id": 1}}],
+                    "special_tokens": {bos: {"id": bos, "ids": [c.bos_token_id], "tokens": [bos]}}}
     tokenizer = {
         "version": "1.0", "truncation": None, "padding": None,
         "added_tokens": [{"id": i, "content": text, "single_word": False, "lstrip": False,
                           "rstrip": False, "normalized": False, "special": True}
                          for i, text in special.items()],
-        "normalizer": None, "pre_tokenizer": byte_level, "post_processor": None,
+        "normalizer": None, "pre_tokenizer": byte_level, "post_processor": with_bos,
         "decoder": byte_level,
         "model": {"type": "BPE", "dropout": None, "unk_token": None,
                   "continuing_subword_prefix": None, "end_of_word_suffix": None,
@@ -583,8 +590,7 @@ def rows_at(file, path, offset, kind, rows, width=()):
 def defaults_in(files, folder):
     """{slot: value} of what generation_config.json and tokenizer_config.json say."""
     out = {}
-    for name, slots in (("generation_config.json", TEXT_SLOTS[:-1]),
-                        ("tokenizer_config.json", TEXT_SLOTS[-1:])):
+    for name, slots in DEFAULTS.items():
         path = os.path.join(folder, name)
         found = parse_json(files[name], path) if name in files else {}
         if found.get("do_sample") is False:
@@ -827,25 +833,28 @@ def write_bin(source, path, dtype):
 
 
 def with_defaults(c, files):
-    """The files of a checkpoint. generation_config.json and tokenizer_config.json come along as
-    they were, unless the header says something else: options of train change it."""
+    """The embedded files as they go into a checkpoint: verbatim, but where the header has other
+    defaults than generation_config.json or tokenizer_config.json, these follow (train's options
+    change the header)."""
+    files = dict(files)
     said = {s.name: s.default for s in TEXT_SLOTS} | {"add_bos_token": c.tokenizer == "bytes"}
     said |= defaults_in(files, "")
-    changed = {s.name for s in TEXT_SLOTS if c[s.name] != said[s.name]}
-    files = dict(files)
-    if "add_bos_token" in changed and (name := "tokenizer_config.json") in files:
-        files[name] = to_json(parse_json(files[name], name) | {"add_bos_token": c.add_bos_token})
-    if changed - {"add_bos_token"}:
-        name, slots = "generation_config.json", TEXT_SLOTS[:-1]
-        old = parse_json(files[name], name) if name in files else {
-            key: c[key] if c[key] >= 0 else None for key in ("bos_token_id", "eos_token_id")}
-        new = {s.name: c[s.name] for s in slots if c[s.name] != s.default}
-        if new:                            # there, greedy is no temperature but this flag
-            new["do_sample"] = c.temperature != 0
-        if c.temperature == 0:
-            del new["temperature"]
-        drop = {s.name for s in slots} | {"do_sample"}
-        files[name] = to_json({k: v for k, v in old.items() if k not in drop} | new)
+    for name, slots in DEFAULTS.items():
+        if all(c[s.name] == said[s.name] for s in slots):
+            continue
+        old = parse_json(files[name], name) if name in files else {}
+        new = {s.name: c[s.name] for s in slots if c[s.name] != s.default or s.kind == "b"}
+        if name == "generation_config.json":
+            if not old:                    # as transformers would make it from config.json
+                ids = "bos_token_id", "eos_token_id"
+                old = {key: c[key] if c[key] >= 0 else None for key in ids}
+            if new:                        # greedy is no temperature there, but this flag
+                new["do_sample"] = new.get("temperature") != 0
+            if not c.temperature:
+                del new["temperature"]
+            old = {k: v for k, v in old.items() if k not in {"do_sample", *said}}
+        if old:
+            files[name] = to_json(old | new)
     return files
 
 

@@ -522,7 +522,7 @@ def test_init(tmp):
 
 
 def test_defaults(tmp):
-    """Generation defaults that differ from the embedded files: the header's go into a checkpoint."""
+    """Defaults that differ from the embedded files: the header's go into a checkpoint."""
     config, weights = golden("coe")
     other = {"max_length": 99, "eos_token_id": 3}
     sources = {"none": {}, "some": {"generation_config": other | {"temperature": 0.5, "top_k": 7}},
@@ -632,6 +632,52 @@ def test_upcycle(tmp):
     bad([f"{tmp}/dense.json", f"{tmp}/x.bin", "--init", "1", "--upcycle", "2"], "no layer with")
     for c in ("1", "0", "-1", "x", "99999999"):
         bad([source, f"{tmp}/x.bin", f"--upcycle={c}"], "--upcycle", "2..", code=2)
+
+
+def test_programs(tmp):
+    """./run computes with each type what it does with the same numbers in float32. A model of
+    ./train can be upcycled, computes the same then, bit by bit, and ./train goes on with it."""
+    ids = "257 72 101 108 108 111 10 0 255 7"
+
+    def program(name, *args):
+        done = subprocess.run([os.path.join(os.path.dirname(HERE), name), *args],
+                              capture_output=True, text=True)
+        check(done.returncode == 0, f"{name} {args}: {done.returncode} {done.stderr}")
+        return done.stdout
+
+    def logits(model):
+        program("run", model, "-m", "eval", "--ids", "-i", ids, "--logits", f"{tmp}/logits")
+        return np.fromfile(f"{tmp}/logits", "<f4")
+
+    def train(out, *args):
+        program("train", "-d", text, "-b", "2", "-l", "32", "-x", "2", "-s", "3",
+                "-o", f"{tmp}/{out}", *args)
+    text = write(f"{tmp}/text", program("train", "--show_data", "20"))
+    train("m.bin", "--hidden_size", "72", "--num_hidden_layers", "2", "--inner_iter", "1",
+          "--first_k_dense_replace", "1", "--inner_residual", "false", "--outer_residual", "true")
+    good(f"{tmp}/m.bin", f"{tmp}/up.bin", "--upcycle", 2)
+    train("up2.bin", "--init", f"{tmp}/up.bin", "--learning_rate", "0.01", "--warmup_steps", "0")
+    before, after = read_model_bin(f"{tmp}/up.bin")[1], read_model_bin(f"{tmp}/up2.bin")[1]
+    for part in ("mlp.coe_weights.0", "mlp.gate.0.weight", "mlp.gate.1.weight"):
+        name = "model.layers.1." + part
+        check((before[name] != after[name]).any(), f"{name} is trained")
+    check((after["model.layers.1.mlp.gate.0.weight"] != after["model.layers.1.mlp.gate.1.weight"])
+          .any(), "the gates part")
+    for model in ("m", "up", "up2"):
+        for dtype in ("f32", "bf16", "q8"):
+            good(f"{tmp}/{model}.bin", f"{tmp}/{model}-{dtype}.bin", "--dtype", dtype)
+            good(f"{tmp}/{model}-{dtype}.bin", f"{tmp}/wide.bin", "--dtype", "f32")
+            narrow, wide = logits(f"{tmp}/{model}-{dtype}.bin"), logits(f"{tmp}/wide.bin")
+            check(len(wide) == 10 * 258 and abs(narrow - wide).max() < 1e-5 * abs(wide).max(),
+                  f"{model} in {dtype} and the same in float32: {abs(narrow - wide).max()}")
+    for dtype in ("f32", "bf16", "q8"):
+        good(f"{tmp}/m-{dtype}.bin", f"{tmp}/x.bin", "--upcycle", 3)
+        check((logits(f"{tmp}/x.bin") == logits(f"{tmp}/m-{dtype}.bin")).all(), f"{dtype} upcycled")
+    exact = logits(f"{tmp}/up2.bin")
+    off = {t: abs(logits(f"{tmp}/up2-{t}.bin") - exact).max() / abs(exact).max()
+           for t in ("bf16", "q8")}
+    print("logits are off by", ", ".join(f"{v:.1e} of the largest in {k}" for k, v in off.items()))
+    check(0 < off["bf16"] < 0.05 and 0 < off["q8"] < 0.05, f"{off}")
 
 
 def test_tokenizer(tmp):
