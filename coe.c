@@ -1256,16 +1256,20 @@ WIDE static inline __attribute__((always_inline)) vec load_row(Matrix w, size_t 
     return __builtin_convertvector(__builtin_convertvector(q, vec_i32), vec);
 }
 
+// The same with the scale.
+WIDE static inline __attribute__((always_inline)) vec load_scaled(Matrix w, size_t row, size_t i,
+                                                                  enum Type type) {
+    const vec x = load_row(w, row, i, type);
+    return type == Q8 ? x * w.scale[row * groups_of(w.ld) + i / GROUP] : x;
+}
+
 // Writes the transpose of LANES rows of b, columns k to k + LANES, to LANES rows of p (stride
 // TILE_COLS). Riffling the rows like two halves of a pack of cards, log2(LANES) times, transposes
 // them: every round moves the highest bit of the row's number to the lowest of the column's.
 WIDE static inline __attribute__((always_inline)) void transpose_square(
         real *p, Matrix b, size_t row, size_t k, enum Type type) {
     vec x[LANES];
-    for (size_t i = 0; i < LANES; i++) {
-        x[i] = load_row(b, row + i, k, type);
-        if (type == Q8) x[i] *= b.scale[(row + i) * groups_of(b.ld) + k / GROUP];
-    }
+    for (size_t i = 0; i < LANES; i++) x[i] = load_scaled(b, row + i, k, type);
 #ifdef RIFFLE_LOW
     vec y[LANES];
     for (int round = 1; round < LANES; round *= 2) {
@@ -1288,19 +1292,14 @@ WIDE static inline __attribute__((always_inline)) void pack_of(
         real *panel, Matrix b, int transposed, size_t k0, size_t j0, size_t depth, size_t cols,
         enum Type type) {
     const size_t whole = (cols + LANES - 1) / LANES * LANES;
-    if (!transposed && type == F32) {
-        for (size_t k = 0; k < depth; k++) {
-            real *to = panel + k * TILE_COLS;
-            memcpy(to, (const real *)b.data + (k0 + k) * b.ld + j0, cols * sizeof(real));
-            for (size_t j = cols; j < whole; j++) to[j] = 0;
-        }
-        return;
-    }
     for (size_t j = 0; j < whole; j += LANES) {
         size_t k = 0;
-        if (transposed && cols - j >= LANES)
-            for (; k + LANES <= depth; k += LANES)
+        if (cols - j >= LANES) {
+            for (; !transposed && k < depth; k++)
+                *(uvec *)(panel + k * TILE_COLS + j) = load_scaled(b, k0 + k, j0 + j, type);
+            for (; transposed && k + LANES <= depth; k += LANES)
                 transpose_square(panel + k * TILE_COLS + j, b, j0 + j, k0 + k, type);
+        }
         for (; k < depth; k++)
             for (size_t i = j; i < j + LANES; i++)
                 panel[k * TILE_COLS + i] = i >= cols ? 0 : transposed
@@ -1467,13 +1466,19 @@ typedef struct {
     real *norm;                 // (T, max(d, r))  a normed input, for as long as it is needed
     real *gathered, *returned;  // (T K, d)   inputs and outputs of the experts, grouped
     real *act;                  // (T K, f) or (T, f S) or (T, I), the largest
-    real *scores;               // (threads, QUERY_BLOCK, ctx)
-    real *absorbed;             // (threads, QUERY_BLOCK, 2 R + dr)
+    real *scores;               // (threads, QUERY_BLOCK or latent_rows(), ctx)
+    real *absorbed;             // (threads, latent_rows(), 2 R + dr)
     char *memory;
     size_t memory_bytes;
 } State;
 
 enum { QUERY_BLOCK = 48 };      // queries whose scores a thread holds at a time
+
+// The same on the latents, where the queries of all heads of a token are together.
+static size_t latent_rows(const Config *c) {
+    const size_t H = c->num_attention_heads;
+    return H < QUERY_BLOCK ? QUERY_BLOCK / H * H : H;
+}
 
 static size_t max_size(size_t a, size_t b) { return a > b ? a : b; }
 
@@ -1557,8 +1562,10 @@ static void state_layout(State *s, const Config *c, Arena *arena) {
     s->gathered    = take(arena, TK * d, fit);
     s->returned    = take(arena, TK * d, fit);
     s->act         = take(arena, max_size(TK * f, T * wide), fit);
-    s->scores      = take(arena, product(threads * QUERY_BLOCK, s->context), fit);
-    s->absorbed    = take(arena, threads * QUERY_BLOCK * (2 * R + dr), fit);
+    const size_t cached_rows = s->keep ? 0 : latent_rows(c);
+    s->scores      = take(arena, product(threads * max_size(QUERY_BLOCK, cached_rows), s->context),
+                          fit);
+    s->absorbed    = take(arena, threads * cached_rows * (2 * R + dr), fit);
 }
 
 // Fills s->cos and s->sin (context, dr / 2): position p turns pair i by the angle p * omega_i with
@@ -1656,12 +1663,14 @@ static size_t block_rows(size_t n, size_t i0) {
 }
 
 // Softmax over the keys that each row may see, 0 for the rest: row i of p (rows, keys) sees the
-// first seen + i. log_sum at stride H, or NULL.
-static void causal_softmax(real *p, size_t rows, size_t keys, size_t seen, real scale,
-                           real *log_sum, size_t H) {
+// first seen + i / share, where `share` rows belong to one token. log_sum at stride H, or NULL.
+static void causal_softmax(real *p, size_t rows, size_t keys, size_t seen, size_t share,
+                           real scale, real *log_sum, size_t H) {
+    #pragma omp parallel for if (worth_threads(rows * keys))
     for (size_t i = 0; i < rows; i++) {
-        softmax(p + i * keys, seen + i, scale, log_sum ? log_sum + i * H : NULL);
-        memset(p + i * keys + seen + i, 0, (keys - seen - i) * sizeof(real));
+        const size_t n = seen + i / share;
+        softmax(p + i * keys, n, scale, log_sum ? log_sum + i * H : NULL);
+        memset(p + i * keys + n, 0, (keys - n) * sizeof(real));
     }
 }
 
@@ -1693,37 +1702,53 @@ static void attend_expanded(const Config *c, State *s, LayerState *a, size_t B, 
         real *heads = a->heads + (first * H + h) * dv;
         real *p = s->scores + (size_t)thread_id() * QUERY_BLOCK * s->context;
         scores_of(p, q, H * dq, kv, H * dkv, k_rot, R + dr, rows, keys, dn, dr);
-        causal_softmax(p, rows, keys, i0 + 1, scale, a->log_sum + first * H + h, H);
+        causal_softmax(p, rows, keys, i0 + 1, 1, scale, a->log_sum + first * H + h, H);
         matmul_nn(heads, H * dv, p, keys, plain(kv + dn, H * dkv), rows, dv, keys, 0);
     }
 }
 
-// The same for n tokens from position pos on, on the cached latents: nothing is kept.
+// The same on the cached latents for `queries` tokens of one sequence, row `first` of a->q being
+// the one at position pos. All heads share the latents, so the heads of a token are rows of one
+// product: `rows` of them, (queries, H). Nothing is kept.
 static void attend_latent(const Config *c, State *s, LayerState *a, const Tensor *kv_b_proj,
-                          size_t B, size_t n, size_t stride, size_t pos) {
+                          const real *cached, size_t first, size_t queries, size_t pos) {
     const size_t H = c->num_attention_heads, dn = c->qk_nope_head_dim, dr = c->qk_rope_head_dim,
-        dv = c->v_head_dim, R = c->kv_lora_rank, dq = dn + dr, blocks = query_blocks(n);
-    const real scale = attention_scale(c);
-    #pragma omp parallel for schedule(dynamic, 1) if (worth_threads((pos + n) * n * H * R))
-    for (size_t task = 0; task < B * H * blocks; task++) {
-        const size_t b = task / blocks / H, h = task / blocks % H, i0 = task % blocks * QUERY_BLOCK;
-        const size_t rows = block_rows(n, i0), keys = pos + i0 + rows, first = b * n + i0;
-        const size_t thread = (size_t)thread_id();
-        const Matrix w_k = matrix(kv_b_proj, 0, h * (dn + dv));
-        const Matrix w_v = matrix(kv_b_proj, 0, h * (dn + dv) + dn);
-        const real *q = a->q + (first * H + h) * dq, *cached = a->latent + b * stride * (R + dr);
-        const Matrix latent = plain(cached, R + dr);
-        real *heads = a->heads + (first * H + h) * dv;
-        real *p = s->scores + thread * QUERY_BLOCK * s->context;
-        real *q_latent = s->absorbed + thread * QUERY_BLOCK * (2 * R + dr);     // (rows, R + dr)
-        real *o_latent = q_latent + QUERY_BLOCK * (R + dr);                     // (rows, R)
-        matmul_nn(q_latent, R + dr, q, H * dq, w_k, rows, R, dn, 0);            // W_k^T q
-        for (size_t i = 0; i < rows; i++)
-            memcpy(q_latent + i * (R + dr) + R, q + i * H * dq + dn, dr * sizeof(real));
-        matmul_nt(p, keys, q_latent, R + dr, latent, rows, R + dr, keys, 0);
-        causal_softmax(p, rows, keys, pos + i0 + 1, scale, NULL, 0);
-        matmul_nn(o_latent, R, p, keys, latent, rows, R, keys, 0);              // sum_j p_j c_j
-        matmul_nt(heads, H * dv, o_latent, R, w_v, rows, R, dv, 0);
+        dv = c->v_head_dim, R = c->kv_lora_rank, dq = dn + dr, rows = queries * H,
+        keys = pos + queries, most = latent_rows(c), thread = (size_t)thread_id();
+    const Matrix latent = plain(cached, R + dr);
+    const real *q = a->q + first * H * dq;
+    real *heads = a->heads + first * H * dv;
+    real *p = s->scores + thread * most * s->context;               // (rows, keys)
+    real *q_latent = s->absorbed + thread * most * (2 * R + dr);    // (rows, R + dr)
+    real *o_latent = q_latent + most * (R + dr);                    // (rows, R)
+    for (size_t h = 0; h < H; h++)                                  // W_k^T q
+        matmul_nn(q_latent + h * (R + dr), H * (R + dr), q + h * dq, H * dq,
+                  matrix(kv_b_proj, 0, h * (dn + dv)), queries, R, dn, 0);
+    for (size_t i = 0; i < rows; i++)
+        memcpy(q_latent + i * (R + dr) + R, q + i * dq + dn, dr * sizeof(real));
+    matmul_nt(p, keys, q_latent, R + dr, latent, rows, R + dr, keys, 0);
+    causal_softmax(p, rows, keys, pos + 1, H, attention_scale(c), NULL, 0);
+    matmul_nn(o_latent, R, p, keys, latent, rows, R, keys, 0);      // sum_j p_j c_j
+    for (size_t h = 0; h < H; h++)                                  // W_v of it
+        matmul_nt(heads + h * dv, H * dv, o_latent + h * R, H * R,
+                  matrix(kv_b_proj, 0, h * (dn + dv) + dn), queries, R, dv, 0);
+}
+
+// The same for n tokens of each of B sequences, from position pos on.
+static void attend_cached(const Config *c, State *s, LayerState *a, const Tensor *kv_b_proj,
+                          size_t B, size_t n, size_t stride, size_t pos) {
+    const size_t block = latent_rows(c) / (size_t)c->num_attention_heads;   // tokens at a time
+    const size_t blocks = (n + block - 1) / block;
+    const size_t row = (size_t)(c->kv_lora_rank + c->qk_rope_head_dim);
+    if (B * blocks == 1) {                  // all threads work on its products
+        attend_latent(c, s, a, kv_b_proj, a->latent, 0, n, pos);
+        return;
+    }
+    #pragma omp parallel for schedule(dynamic, 1)
+    for (size_t task = 0; task < B * blocks; task++) {
+        const size_t b = task / blocks, i0 = task % blocks * block;
+        attend_latent(c, s, a, kv_b_proj, a->latent + b * stride * row, b * n + i0,
+                      n - i0 < block ? n - i0 : block, pos + i0);
     }
 }
 
@@ -1767,7 +1792,7 @@ static void attention_forward(const Model *m, State *s, size_t l, size_t B, size
                       matrix(&w->kv_b_proj, 0, 0), n, R, H * dkv, 0);
         attend_expanded(c, s, a, B, n, stride);
     } else {
-        attend_latent(c, s, a, &w->kv_b_proj, B, n, stride, pos);
+        attend_cached(c, s, a, &w->kv_b_proj, B, n, stride, pos);
     }
     linear(a->mid, a->heads, &w->o_proj, 0, &w->o_bias, T);
     for (size_t i = 0; i < T * d; i++) a->mid[i] += a->x[i];
@@ -1867,13 +1892,24 @@ static void route(const Config *c, Iteration *i, const Layer *w, size_t t, size_
     i->start[0] = 0;
 }
 
+// s->returned = expert e of the tokens that chose it, gathered into s->gathered; its rows of both.
+static void expert_forward(State *s, Iteration *i, const Layer *w, size_t e) {
+    const size_t d = w->experts_gate_proj.cols, f = w->experts_gate_proj.rows;
+    const size_t first = (size_t)i->start[e], n = (size_t)i->start[e + 1] - first;
+    for (size_t k = first; k < first + n; k++)
+        memcpy(s->gathered + k * d, i->x + (size_t)i->token[k] * d, d * sizeof(real));
+    if (n)
+        feed_forward(s->returned + first * d, i->g + first * f, i->u + first * f,
+                     s->act + first * f, s->gathered + first * d, &w->experts_gate_proj,
+                     &w->experts_up_proj, &w->experts_down_proj, e, n);
+}
+
 // i->ffn (T, d) = the feed-forward of layer l in iteration t, of i->x (T, d).
 // kept: what route() and feed_forward() keep
 static void ffn_forward(const Model *m, State *s, Iteration *i, size_t l, size_t t, size_t T) {
     const Config *c = &m->config;
     const Layer *w = &m->w.layer[l];
-    const size_t d = c->hidden_size, E = c->n_routed_experts, K = c->num_experts_per_tok,
-        f = c->moe_intermediate_size;
+    const size_t d = c->hidden_size, E = c->n_routed_experts, K = c->num_experts_per_tok;
     if (!is_moe(c, l)) {
         feed_forward(i->ffn, i->shared_g, i->shared_u, s->act, i->x, &w->dense_gate_proj,
                      &w->dense_up_proj, &w->dense_down_proj, 0, T);
@@ -1886,16 +1922,13 @@ static void ffn_forward(const Model *m, State *s, Iteration *i, size_t l, size_t
         memset(i->ffn, 0, T * d * sizeof(real));
     route(c, i, w, t, T);
     // With many tokens the threads take an expert each; with few they share the rows of one
-    // expert's matrices.
-    #pragma omp parallel for schedule(dynamic, 1) if (T >= 16)
-    for (size_t e = 0; e < E; e++) {
-        const size_t first = (size_t)i->start[e], n = (size_t)i->start[e + 1] - first;
-        if (!n) continue;
-        for (size_t k = first; k < first + n; k++)
-            memcpy(s->gathered + k * d, i->x + (size_t)i->token[k] * d, d * sizeof(real));
-        feed_forward(s->returned + first * d, i->g + first * f, i->u + first * f,
-                     s->act + first * f, s->gathered + first * d, &w->experts_gate_proj,
-                     &w->experts_up_proj, &w->experts_down_proj, e, n);
+    // expert's matrices. (No `if` on the pragma: a parallel region inside another, even one of a
+    // single thread, starts its threads anew each time.)
+    if (T >= 16) {
+        #pragma omp parallel for schedule(dynamic, 1)
+        for (size_t e = 0; e < E; e++) expert_forward(s, i, w, e);
+    } else {
+        for (size_t e = 0; e < E; e++) expert_forward(s, i, w, e);
     }
     #pragma omp parallel for if (worth_threads(T * K * d))
     for (size_t k = 0; k < T; k++)
@@ -1937,8 +1970,10 @@ static void chain_forward(const Model *m, State *s, size_t l, real *out, size_t 
 
 // Runs n tokens of each of B sequences, tokens (B, n), at positions pos .. pos + n - 1, and leaves
 // in s->final (B n, d) what lm_head sees. Training runs whole sequences with pos = 0; generating
-// has B = 1 and n = the prompt, then 1.
-static void forward(const Model *m, State *s, const int *tokens, size_t B, size_t n, size_t pos) {
+// has B = 1 and n = the prompt, then 1. Only the last `wanted` of all rows get into s->final, as
+// its first rows: nobody reads what the last layer's experts make of the others.
+static void forward(const Model *m, State *s, const int *tokens, size_t B, size_t n, size_t pos,
+                    size_t wanted) {
     const Config *c = &m->config;
     const size_t d = c->hidden_size, L = c->num_hidden_layers, T = B * n;
     const Matrix embedding = matrix(m->w.embed_tokens, 0, 0);
@@ -1946,10 +1981,13 @@ static void forward(const Model *m, State *s, const int *tokens, size_t B, size_
         for (size_t i = 0; i < d; i++)
             s->layer[0].x[t * d + i] = weight(embedding, (size_t)tokens[t], i);
     for (size_t l = 0; l < L; l++) {
+        const int last = l + 1 == L;
         attention_forward(m, s, l, B, n, pos);
-        chain_forward(m, s, l, l + 1 < L ? s->layer[l + 1].x : s->out, T);
+        if (last && wanted < T)
+            memmove(s->layer[l].mid, s->layer[l].mid + (T - wanted) * d, wanted * d * sizeof(real));
+        chain_forward(m, s, l, last ? s->out : s->layer[l + 1].x, last ? wanted : T);
     }
-    rmsnorm(s->final, d, s->inverse_out, s->out, d, m->w.norm, T, (real)c->rms_norm_eps);
+    rmsnorm(s->final, d, s->inverse_out, s->out, d, m->w.norm, wanted, (real)c->rms_norm_eps);
 }
 
 // logits (rows, V) of the rows of s->final from `first` on.

@@ -313,11 +313,14 @@ static void trace(const Run *r, size_t index, size_t n, size_t skip) {
 }
 
 // Runs n <= CHUNK tokens of the input, from number `index` on, at positions pos ... of the context.
-// The first `skip` of them have been run before, in another window.
-static void step(Run *r, size_t index, size_t n, size_t pos, size_t skip) {
+// The first `skip` of them have been run before, in another window. The last `wanted` leave their
+// rows in the state's `final`, with a trace all of them do. Returns the last such row.
+static size_t step(Run *r, size_t index, size_t n, size_t pos, size_t skip, size_t wanted) {
     if (interrupted) exit(INTERRUPTED);
-    forward(&r->model, &r->state, r->tokens + index, 1, n, pos);
+    if (trace_output.file) wanted = n;
+    forward(&r->model, &r->state, r->tokens + index, 1, n, pos, wanted);
     if (trace_output.file) trace(r, index, n, skip);
+    return wanted - 1;
 }
 
 // Ends the program because the logits of a token are not finite; names the tensor that is to blame.
@@ -327,25 +330,30 @@ static _Noreturn void not_finite(const Run *r, size_t index) {
     for (size_t i = 0; i < w->n_tensors; i++) {
         const Tensor *t = &w->tensor[i];
         for (size_t k = 0; k < tensor_size(t); k++) {
-            if (isfinite(t->data[k])) continue;
-            tensor_name(name, sizeof name, w, i, k / (t->rows * t->cols));
-            fail(FAILED, "%s: %s holds %g, must be finite", r->path, name, (double)t->data[k]);
+            const size_t e = k / (t->rows * t->cols), row = k / t->cols % t->rows;
+            const double x = (double)weight(matrix(t, e, row), 0, k % t->cols);
+            if (isfinite(x)) continue;
+            tensor_name(name, sizeof name, w, i, e);
+            fail(FAILED, "%s: %s holds %g, must be finite", r->path, name, x);
         }
     }
     fail(FAILED, "%s: the logits of token %zu are not finite, though all weights are: an overflow",
          r->path, index);
 }
 
-// r->logits of one row of the last step, which is token number `index`, and their hash (FNV-1a):
-// two builds or machines that print the same one computed the same, to the last bit.
+// r->logits of one row of the last step, which is token number `index`, and their hash (FNV-1a,
+// four bytes at a time): two builds or machines that print the same one computed the same, to the
+// last bit.
 static void last_logits(Run *r, size_t row, size_t index) {
     const size_t V = (size_t)r->model.config.vocab_size;
-    const unsigned char *bytes = (const unsigned char *)r->logits;
     logits_forward(&r->model, &r->state, r->logits, row, 1);
     r->hash = 0xCBF29CE484222325u;
-    for (size_t i = 0; i < V * sizeof(real); i++) r->hash = (r->hash ^ bytes[i]) * 0x100000001B3u;
-    for (size_t i = 0; i < V; i++)
+    for (size_t i = 0; i < V; i++) {
+        uint32_t bits;
+        memcpy(&bits, &r->logits[i], sizeof bits);
+        r->hash = (r->hash ^ bits) * 0x100000001B3u;
         if (!isfinite(r->logits[i])) not_finite(r, index);
+    }
 }
 
 // ---- [5] generate -------------------------------------------------------------------------------
@@ -417,9 +425,10 @@ static void generate(Run *r) {
     flush_stdout();
 
     const double start = seconds();
+    size_t row = 0;
     for (size_t pos = 0; pos < prompt; pos += CHUNK)
-        step(r, pos, min_size(prompt - pos, CHUNK), pos, 0);
-    last_logits(r, (prompt - 1) % CHUNK, prompt - 1);
+        row = step(r, pos, min_size(prompt - pos, CHUNK), pos, 0, 1);
+    last_logits(r, row, prompt - 1);
     const double middle = seconds();
     size_t n = prompt;
     while (n < r->context) {
@@ -430,8 +439,7 @@ static void generate(Run *r) {
         print_token(&printer, id);
         flush_stdout();
         if (id == eos || n == r->context || interrupted) break;
-        step(r, n - 1, 1, n - 1, 0);
-        last_logits(r, 0, n - 1);
+        last_logits(r, step(r, n - 1, 1, n - 1, 0, 1), n - 1);
     }
     const double end = seconds();
     utf8_flush(&printer.text, 1);
@@ -500,7 +508,7 @@ static void evaluate(Run *r) {
         for (size_t i = start; i < end; i += CHUNK) {
             const size_t rows = min_size(end - i, CHUNK);
             const size_t skip = scored > i ? min_size(scored - i, rows) : 0;
-            step(r, i, rows, i - start, skip);
+            step(r, i, rows, i - start, skip, rows);
             nats += score(r, i, rows, skip);
             if (skip < rows) progress(i + rows, n, nats / (double)(i + rows), 0);
         }
@@ -558,14 +566,12 @@ static void time_tokens(Run *r, size_t prompt, size_t before, size_t n,
     double all[BENCH_REPEATS], each[BENCH_REPEATS];
     for (int k = 0; k < BENCH_REPEATS; k++) {
         double start = seconds();
-        step(r, 0, prompt, 0, 0);
-        logits_forward(&r->model, &r->state, r->logits, prompt - 1, 1);
+        logits_forward(&r->model, &r->state, r->logits, step(r, 0, prompt, 0, 0, 1), 1);
         all[k] = (seconds() - start) / (double)prompt;
-        if (before) step(r, 0, before, 0, 0);
+        if (before) step(r, 0, before, 0, 0, 1);
         start = seconds();
         for (size_t i = before; i < before + n; i++) {
-            step(r, i, 1, i, 0);
-            logits_forward(&r->model, &r->state, r->logits, 0, 1);
+            logits_forward(&r->model, &r->state, r->logits, step(r, i, 1, i, 0, 1), 1);
         }
         each[k] = (seconds() - start) / (double)n;
     }

@@ -1036,7 +1036,7 @@ static Loss backward(const Model *m, const Weights *dw, State *s, Gradients *g, 
     const Config *c = &m->config;
     const size_t d = c->hidden_size, T = B * n;
     Loss loss = { 0, 0 };
-    forward(m, s, tokens, B, n, 0);
+    forward(m, s, tokens, B, n, 0, T);
     loss.loss = loss_of(m, dw, s, g, targets, T, scale);
     rmsnorm_backward(g->dx, d, dw->norm, g->dnorm, d, s->inverse_out, s->out, d, m->w.norm, T, 0);
     for (size_t l = (size_t)c->num_hidden_layers; l-- > 0; ) {
@@ -1253,7 +1253,7 @@ static double validate(Run *run) {
     double total = 0;
     if (val->n < 2) return NAN;
     if (n == 0) {
-        forward(m, s, val->tokens, 1, val->n - 1, 0);
+        forward(m, s, val->tokens, 1, val->n - 1, 0, val->n - 1);
         return loss_of(m, NULL, s, &run->g, val->tokens + 1, val->n - 1,
                        1.0 / (double)(val->n - 1));
     }
@@ -1263,7 +1263,7 @@ static double validate(Run *run) {
         const size_t B = n - i < step ? n - i : step;
         memcpy(inputs, val->tokens + i * L, B * L * sizeof(int));
         memcpy(targets, val->tokens + i * L + 1, B * L * sizeof(int));
-        forward(m, s, inputs, B, L, 0);
+        forward(m, s, inputs, B, L, 0, B * L);
         total += loss_of(m, NULL, s, &run->g, targets, B * L, 1);
     }
     release(inputs);
@@ -1281,13 +1281,13 @@ static void complete(const Model *m, State *s, Sampler *sampler, const int *prom
     real *logits = allocate(V * sizeof(real), "logits");
     Candidate *candidate = allocate(V * sizeof(Candidate), "candidates");
     size_t length = 0;
-    forward(m, s, prompt, 1, n, 0);
+    forward(m, s, prompt, 1, n, 0, 1);
     for (size_t i = 0; i < most; i++) {
-        logits_forward(m, s, logits, i ? 0 : n - 1, 1);
+        logits_forward(m, s, logits, 0, 1);
         int token = sample(sampler, logits, candidate, NULL, V);
         if (token == m->config.eos_token_id) break;
         length += decode(text + length, token);
-        if (i + 1 < most) forward(m, s, &token, 1, 1, n + i);
+        if (i + 1 < most) forward(m, s, &token, 1, 1, n + i, 1);
     }
     text[length] = 0;
     release(logits);

@@ -275,7 +275,7 @@ static void run_pieces(const Model *m, State *s, const int *tokens, size_t n, si
     for (size_t left = pieces, pos = 0, rows; left > 0; left--, pos += rows) {
         const size_t most = n - pos - left + 1;         // every piece has a token
         rows = left == 1 || pieces == n ? most : (size_t)pick(1, (int64_t)most);
-        forward(m, s, tokens + pos, 1, rows, pos);
+        forward(m, s, tokens + pos, 1, rows, pos, rows);
         logits_forward(m, s, logits + pos * V, 0, rows);
         for (size_t l = 0; l < (size_t)c->num_hidden_layers; l++)
             for (size_t t = 0; is_moe(c, l) && t < C; t++)
@@ -511,8 +511,8 @@ static char *work(const Model *m, const int *tokens, int threads, size_t *bytes)
     char *result = allocate(*bytes, "the result"), *to = result;
     real *logits = allocate(V * sizeof(real), "logits");
     for (size_t i = 0; i <= GENERATED; i++) {
-        forward(m, &s, tokens + (i ? n + i - 1 : 0), 1, i ? 1 : n, i ? n + i - 1 : 0);
-        logits_forward(m, &s, logits, i ? 0 : n - 1, 1);
+        forward(m, &s, tokens + (i ? n + i - 1 : 0), 1, i ? 1 : n, i ? n + i - 1 : 0, 1);
+        logits_forward(m, &s, logits, 0, 1);
         memcpy(to, logits, V * sizeof(real));
         to += V * sizeof(real);
     }
