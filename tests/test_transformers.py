@@ -69,7 +69,7 @@ def logits_of(model):
     return np.fromfile(f"{TMP}/logits", "<f4").reshape(len(IDS), -1)
 
 
-LIMIT = 1e-5            # of logits: rounding leaves a hundredth of it to a fifth
+LIMIT = 1e-5            # of logits: rounding leaves less than a tenth of it
 
 
 def difference(theirs, ours):
