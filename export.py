@@ -832,20 +832,20 @@ def write_bin(source, path, dtype):
         progress.add(0, last=True)
 
 
-def with_defaults(c, files):
+def with_defaults(source):
     """The embedded files as they go into a checkpoint: verbatim, but where the header has other
     defaults than generation_config.json or tokenizer_config.json, these follow (train's options
     change the header)."""
-    files = dict(files)
+    c, files = source.config, dict(source.files)
     said = {s.name: s.default for s in TEXT_SLOTS} | {"add_bos_token": c.tokenizer == "bytes"}
-    said |= defaults_in(files, "")
+    said |= defaults_in(files, source.path)
     for name, slots in DEFAULTS.items():
         if all(c[s.name] == said[s.name] for s in slots):
             continue
-        old = parse_json(files[name], name) if name in files else {}
+        old = parse_json(files[name], name) if name in files else None
         new = {s.name: c[s.name] for s in slots if c[s.name] != s.default or s.kind == "b"}
         if name == "generation_config.json":
-            if not old:                    # as transformers would make it from config.json
+            if old is None:                # as transformers would make it from config.json
                 ids = "bos_token_id", "eos_token_id"
                 old = {key: c[key] if c[key] >= 0 else None for key in ids}
             if new:                        # greedy is no temperature there, but this flag
@@ -853,13 +853,13 @@ def with_defaults(c, files):
             if not c.temperature:
                 del new["temperature"]
             old = {k: v for k, v in old.items() if k not in {"do_sample", *said}}
-        if old:
+        if old is not None:                # a tokenizer's file is not made up
             files[name] = to_json(old | new)
     return files
 
 
 def warn_of_transformers(c, path):
-    """What DeepSeek's own code computes, so do llama.cpp and vLLM, but not transformers' class."""
+    """Names what is part of DeepSeek-V2, but not of transformers' class of that name."""
     n, all_n = c[ROPE + "mscale"], c[ROPE + "mscale_all_dim"]
     yarn = c[ROPE + "type"] == "yarn" and c[ROPE + "factor"] > 1
     for differs, what in (
@@ -895,7 +895,7 @@ def write_checkpoint(source, folder, model_type):
     header = json.dumps(header, separators=(",", ":")).encode()
     header += b" " * (-len(header) % 8)
 
-    files = with_defaults(c, source.files)
+    files = with_defaults(source)
     if c.tokenizer == "bytes":
         for name, value in zip(("tokenizer.json", "tokenizer_config.json"), byte_tokenizer(c)):
             files.setdefault(name, to_json(value))
