@@ -1421,14 +1421,12 @@ static void show_progress(const Run *run, double loss, double rate, double token
             loss, rate, tokens_per_s, left, terminal && !last ? "  " : "\n");
 }
 
-// One step: gradients of the batch in micro-batches, clipping, AdamW. Returns the losses; *norm is
-// the gradient's before clipping. Ends the program where one of them is not finite.
-static Loss train_step(Run *run, double *norm) {
+// Adds the gradient of one batch, the one at run->step, to run->grad. Returns its losses.
+static Loss batch_gradient(Run *run) {
     const Recipe *r = &run->recipe;
     const size_t B = (size_t)r->batch_size, L = (size_t)r->max_length,
-        at_once = run->state.rows / L, size = run->model.w.size;
+        at_once = run->state.rows / L;
     Loss loss = { 0, 0 };
-    phase(REST);
     next_batch(&run->data, (uint64_t)run->step, run->inputs, run->targets, run->window);
     for (size_t b = 0; b < B; b += at_once) {
         const size_t n = B - b < at_once ? B - b : at_once;
@@ -1438,6 +1436,17 @@ static Loss train_step(Run *run, double *norm) {
         loss.loss += part.loss;
         loss.aux += part.aux;
     }
+    return loss;
+}
+
+
+// One step: gradients of the batch in micro-batches, clipping, AdamW. Returns the losses; *norm is
+// the gradient's before clipping. Ends the program where one of them is not finite.
+static Loss train_step(Run *run, double *norm) {
+    const Recipe *r = &run->recipe;
+    const size_t size = run->model.w.size;
+    phase(REST);
+    const Loss loss = batch_gradient(run);
     phase(REST);
     *norm = gradient_norm(run->grad, size);
     if (!isfinite(loss.loss) || !isfinite(*norm))
