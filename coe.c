@@ -777,7 +777,9 @@ static void weights_init(Model *m, uint64_t seed) {
 typedef struct {
     size_t total, bytes;                // parameters in all
     size_t active, active_bytes;        // those that one token is multiplied with, once per
-} Parameters;                           // iteration where the chain repeats them
+                                        // iteration where the chain repeats them
+    size_t last_ffn;                    // of the active, those behind the last layer's attention
+} Parameters;
 
 // How many there are. (Embedding rows are looked up, not multiplied.)
 static Parameters count_parameters(const Model *m) {
@@ -794,6 +796,8 @@ static Parameters count_parameters(const Model *m) {
         p.bytes += t->copies * copy_bytes(t);
         p.active += times * t->rows * t->cols;
         p.active_bytes += times * copy_bytes(t);
+        if (t >= &m->w.layer[c->num_hidden_layers - 1].gate && t < m->w.norm)
+            p.last_ffn += times * t->rows * t->cols;
     }
     return p;
 }
