@@ -172,7 +172,7 @@ def draw_returns(trace, path):
     """Bars: the share of returns in each layer, and a mark where chance would be."""
     plt = pyplot()
     rows = [row for row in list(returns_table(trace))[1:] if row[2] == row[1] + 1]
-    figure, axes = plt.subplots(figsize=(1.6 + 0.7 * len(rows), 2.6))
+    figure, axes = plt.subplots(figsize=(2.8 + 0.7 * len(rows), 2.6))
     axes.bar(range(len(rows)), [100 * float(row[3]) for row in rows], 0.6, color=BLUE,
              label="measured")
     for i, row in enumerate(rows):
@@ -181,7 +181,7 @@ def draw_returns(trace, path):
     axes.set_xticks(range(len(rows)), [f"layer {row[0]}\n{row[1]} to {row[2]}" for row in rows])
     axes.set(ylabel="% of choices", title="Back to an expert of the iteration before")
     axes.grid(False, axis="x")
-    axes.legend()
+    axes.legend(loc="upper left", bbox_to_anchor=(1, 1))
     save_figure(figure, path)
 
 

@@ -1,12 +1,13 @@
 """A headless Chromium that does what a test says, through the DevTools protocol over two pipes: a
 command and its answer are JSON that ends in a zero byte. Needs nothing but Python and a browser."""
 import base64
+import contextlib
 import json
 import os
+import select
 import shutil
 import signal
 import subprocess
-import tempfile
 import time
 
 NAMES = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
@@ -20,22 +21,29 @@ def find():
 
 
 class Browser:
-    """with Browser(path, 1280, 800) as b: b.open(file); b.key("ArrowRight"); b.js("1 + 1")"""
+    """with Browser(path, folder, 1280, 800) as b: b.open(file); b.key("Tab"); b.js("1 + 1")"""
 
-    def __init__(self, path, width, height):
-        self.folder = tempfile.mkdtemp()
+    def __init__(self, path, folder, width, height):
         (from_us, to_browser), (from_browser, to_us) = os.pipe(), os.pipe()
         # It reads from file 3 and writes to file 4, whatever numbers the pipes have here.
         os.set_inheritable(from_us, True), os.set_inheritable(to_us, True)
         self.process = subprocess.Popen(
             ["sh", "-c", f'exec "$@" 3<&{from_us} 4>&{to_us}', "sh", path, "--headless=new",
-             "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage", "--hide-scrollbars=false",
-             "--remote-debugging-pipe", f"--user-data-dir={self.folder}", "about:blank"],
+             "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage",
+             "--remote-debugging-pipe", f"--user-data-dir={folder}/profile", "about:blank"],
             close_fds=False, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
             start_new_session=True)
         os.close(from_us), os.close(to_us)
         self.to, self.source = os.fdopen(to_browser, "wb"), os.fdopen(from_browser, "rb")
-        self.last, self.rest, self.session, self.errors = 0, b"", None, []
+        self.last, self.rest, self.session, self.errors, self.requests = 0, b"", None, [], []
+        try:
+            self.attach(width, height)
+        except BaseException:
+            self.__exit__()
+            raise
+
+    def attach(self, width, height):
+        """Takes over the browser's one page."""
         page = next(t for t in self.send("Target.getTargets")["targetInfos"] if t["type"] == "page")
         self.session = self.send("Target.attachToTarget", targetId=page["targetId"],
                                  flatten=True)["sessionId"]
@@ -43,7 +51,6 @@ class Browser:
             self.send(domain + ".enable")
         self.send("Emulation.setDeviceMetricsOverride", width=width, height=height,
                   deviceScaleFactor=1, mobile=False)
-        self.requests = []
 
     def __enter__(self):
         return self
@@ -51,12 +58,15 @@ class Browser:
     def __exit__(self, *_):
         os.killpg(self.process.pid, signal.SIGKILL)
         self.process.wait()
-        self.to.close(), self.source.close()
-        shutil.rmtree(self.folder, ignore_errors=True)
+        with contextlib.suppress(BrokenPipeError):
+            self.to.close()
+        self.source.close()
 
     def receive(self):
         """The next message. Keeps what the page complains about, and what it asks the network."""
         while b"\0" not in self.rest:
+            if not select.select([self.source], [], [], 60)[0]:
+                raise RuntimeError("the browser does not answer")
             more = os.read(self.source.fileno(), 1 << 20)
             if not more:
                 raise RuntimeError("the browser has gone")
