@@ -2,12 +2,13 @@
 """Turns the numbers of a grid into tables, and says which claims of the paper they confirm.
 
     python3 experiments/claims.py experiments/results/default-task      prints the Markdown again
+                                  --short                               the README's table
 
 What it reads: NAME.tsv, a line for each run, and NAME-curves.tsv, one for each validation.
 """
+import argparse
 import math
 import statistics
-import sys
 
 from common import Failure, command_line, markdown, read_tsv
 from rows import CLAIMS, MATCH, ROWS
@@ -151,30 +152,52 @@ def rows_table(grid, base="moe-k8"):
                scaled(of("peak_bytes"), 1e-6, ".0f"))
 
 
+KINDS = ("steps", "FLOPs", "time")
+ABOUT = {row.name: row.about for row in ROWS}
+PAPER = {row.name: row.paper for row in ROWS}
+
+
+def measured(grid, claim):
+    """Of a claim, at equal steps, FLOPs and time: (difference, half its interval, verdict), or None
+    where the shorter run ends before the other's first validation."""
+    for kind in KINDS:
+        budget = grid.budget(kind, claim.better, claim.other)
+        losses = [grid.losses(row, kind, budget) for row in (claim.better, claim.other)]
+        if None in losses:
+            yield None
+            continue
+        d, half = difference(*losses, *grid.spread(kind, budget))
+        yield d, half, verdict(d, half, claim.margin * mean(losses[1]))
+
+
+def with_interval(d, half):
+    return f"{d:+.4f} ± {half:.4f}" if math.isfinite(half) else f"{d:+.4f}"
+
+
 def claims_table(grid):
     """Every claim whose two rows are there: the paper's difference, and ours in three ways."""
-    about = {row.name: row for row in ROWS}
-    yield ("claim", "A", "B", "paper, A - B", "equal steps", "equal FLOPs", "equal time",
+    yield ("claim", "A", "B", "paper, A - B", *(f"equal {kind}" for kind in KINDS),
            "A's parameters", "A's memory")
     for claim in CLAIMS:
         a, b = claim.better, claim.other
         if a not in grid.runs or b not in grid.runs:
             continue
-        cells = []
-        for kind in ("steps", "FLOPs", "time"):
-            budget = grid.budget(kind, a, b)
-            losses = [grid.losses(row, kind, budget) for row in (a, b)]
-            if None in losses:
-                cells.append("before the first validation")
-                continue
-            d, half = difference(*losses, *grid.spread(kind, budget))
-            found = verdict(d, half, claim.margin * mean(losses[1]))
-            interval = f" ± {half:.4f}" if math.isfinite(half) else ""
-            cells.append(f"{d:+.4f}{interval}: {found}")
+        cells = [f"{with_interval(*found[:2])}: {found[2]}" if found else "too short"
+                 for found in measured(grid, claim)]
         ratio = [f"{grid.mean_of(a, what) / grid.mean_of(b, what) - 1:+.0%}"
                  for what in ("total_parameters", "peak_bytes")]
-        yield (claim.text, about[a].about, about[b].about,
-               f"{about[a].paper - about[b].paper:+.3f}", *cells, *ratio)
+        yield claim.text, ABOUT[a], ABOUT[b], f"{PAPER[a] - PAPER[b]:+.3f}", *cells, *ratio
+
+
+def short_table(grid):
+    """The README's: differences at equal steps, and the three verdicts."""
+    yield "claim", "A - B", "paper", "here", *(f"equal {kind}" for kind in KINDS)
+    for claim in CLAIMS:
+        a, b = claim.better, claim.other
+        if a in grid.runs and b in grid.runs:
+            found = list(measured(grid, claim))
+            yield (claim.text, f"{ABOUT[a]} - {ABOUT[b]}", f"{PAPER[a] - PAPER[b]:+.3f}",
+                   with_interval(*found[0][:2]), *(x[2].split(" at ")[0] if x else "" for x in found))
 
 
 def report(path, title):
@@ -193,11 +216,13 @@ def report(path, title):
 
 
 def main():
-    if len(sys.argv) != 2 or sys.argv[1].startswith("-"):
-        print(__doc__.strip())
-        return 0 if sys.argv[1:] in (["-h"], ["--help"]) else 2
-    print(report(sys.argv[1], "The paper's grid, " + sys.argv[1].rpartition("/")[2]), end="")
-    return 0
+    parser = argparse.ArgumentParser(description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("name", help="such as experiments/results/default-task")
+    parser.add_argument("--short", action="store_true", help="the README's table of the claims")
+    args = parser.parse_args()
+    print(markdown(short_table(Grid(args.name)), 2) if args.short else
+          report(args.name, "The paper's grid, " + args.name.rpartition("/")[2]), end="")
 
 
 if __name__ == "__main__":

@@ -270,6 +270,8 @@ def test_grid(folder):
     with open(here("a-results/quick-fox.md"), encoding="utf-8") as f:
         equal("the Markdown file is what was printed", f.read(), out)
     equal("claims.py prints it, too", script("claims.py", here("a-results/quick-fox"))[0], out)
+    short = script("claims.py", "--short", here("a-results/quick-fox"))[0].splitlines()
+    equal("--short: the claims whose rows are there", len(short), 2 + 1)
     again, err = grid("a", *some)
     check("a second time nothing is trained", again == out and "val_loss" not in err, err)
     _, err = grid("a", *some, steps=11)
