@@ -196,8 +196,9 @@ def short_table(grid):
         a, b = claim.better, claim.other
         if a in grid.runs and b in grid.runs:
             found = list(measured(grid, claim))
+            verdicts = [x[2].removesuffix(" at this scale") if x else "" for x in found]
             yield (claim.text, f"{ABOUT[a]} - {ABOUT[b]}", f"{PAPER[a] - PAPER[b]:+.3f}",
-                   with_interval(*found[0][:2]), *(x[2].split(" at ")[0] if x else "" for x in found))
+                   with_interval(*found[0][:2]), *verdicts)
 
 
 def report(path, title):
