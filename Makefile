@@ -1,6 +1,8 @@
 # make            build ./run and ./train with whatever C compiler is here
 # make demo       train a small Chain-of-Experts on word problems, then ask it one
 # make test       everything that can be tested on this machine
+# make bench      measure speed against what the machine can do: see the top of tests/bench.py
+# make figures    draws the README's figures, after training the demo if there is none yet
 # make debug      run-debug and train-debug, with the address and undefined-behaviour sanitizers
 
 # -O3 unrolls and vectorises; -march=native uses the widest vectors this machine has (leave it out, or
@@ -12,6 +14,7 @@ ARCH   ?= -march=native
 # Each program uses a part of coe.c, and a compiler without OpenMP does not know its pragmas.
 WARN    = -Wall -Wextra -Wno-unused-function -Wno-unknown-pragmas
 PYTHON ?= python3
+PEER_PYTHON ?= $(PYTHON)
 
 # OpenMP where the compiler has it (make OPENMP= goes without).
 OPENMP ?= $(shell echo 'int main(void){return 0;}' | $(CC) -fopenmp -x c - -o /dev/null 2>/dev/null && echo -fopenmp)
@@ -36,11 +39,39 @@ demo: run train
 	./train -o demo.bin --log demo.tsv
 	./run demo.bin -t 0 -i "$$(./train --show_val 1 | head -n 1)"
 
+# The figures of the demo, and of whatever experiments/grid.py has left in experiments/results.
+DRAW    = build/figures/bin/python
+RESULTS = experiments/results
+figures: run train demo.bin build/figures/ready
+	./train --show_val 30 > build/val.txt
+	./run demo.bin -m eval -c 192 -f build/val.txt --trace build/trace.tsv > build/eval.txt
+	$(DRAW) experiments/figures.py learning demo.tsv $(RESULTS)/demo-learning
+	$(DRAW) experiments/routing.py demo.bin build/trace.tsv --figures $(RESULTS)/demo \
+		> $(RESULTS)/demo-routing.txt
+	$(DRAW) experiments/viewer.py demo.bin build/trace.tsv -o build/routing.html
+	for curves in $(wildcard $(RESULTS)/*-curves.tsv); do \
+		$(DRAW) experiments/figures.py grid $${curves%-curves.tsv} $${curves%-curves.tsv} || exit; \
+	done
+demo.bin:
+	$(MAKE) demo
+build/figures/ready: tests/requirements-figures.txt
+	$(PYTHON) -m venv build/figures
+	build/figures/bin/pip install -q --disable-pip-version-check -r $<
+	touch $@
+
 test: run train
 	CC="$(CC)" PLAIN="$(PLAIN)" BUILD="$(BUILD)" SANITIZE="$(SANITIZE)" $(PYTHON) tests/run_all.py
+
+bench bench-quick: run train build/bench
+	$(PYTHON) tests/bench.py $(if $(findstring quick,$@),--quick) $(if $(ONLY),--only "$(ONLY)") \
+		$(if $(TSV),--tsv "$(TSV)") $(if $(PEER),--peer "$(PEER)" --peer_python "$(PEER_PYTHON)")
+
+build/bench: tests/bench.c train.c coe.c
+	@mkdir -p build
+	$(BUILD) -o $@ $< -lm
 
 clean:
 	rm -f run train run-debug train-debug demo.bin demo.tsv
 	rm -rf build
 
-.PHONY: all debug demo test clean
+.PHONY: all debug demo figures test bench bench-quick clean

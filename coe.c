@@ -129,6 +129,24 @@ static double seconds(void) {
     return (double)t.tv_sec + 1e-9 * (double)t.tv_nsec;
 }
 
+// Where the time of a training step goes. The backward pass of phase p is BACKWARD + p; REST is all
+// that has no name, IDLE what lies between steps.
+enum { EMBEDDING, ATTENTION, ROUTER, EXPERTS, HEAD, BACKWARD, ADAMW = 2 * BACKWARD, REST, IDLE,
+       PHASES };
+static double phase_seconds[PHASES];
+static int profiling;               // set by train --profile, while only one thread passes here
+
+// What follows is phase `next`: the time since the last call goes to the phase that it began.
+static void phase(int next) {
+    static int current = IDLE;
+    static double since;
+    if (!profiling) return;
+    const double now = seconds();
+    phase_seconds[current] += now - since;
+    current = next;
+    since = now;
+}
+
 enum { MOST_THREADS = 1024 };
 // Uses n threads; with 0 as many as OMP_NUM_THREADS says, or where that makes no sense the machine.
 static void set_threads(int64_t n) {
@@ -556,6 +574,11 @@ static void config_check(const Config *c, const char *where, int code) {
 
 enum Init { NORMAL, GATE, ONES, ZEROS };    // N(0, initializer_range), U(-1/sqrt d, 1/sqrt d), 1, 0
 
+// bfloat16 is the upper half of a float32. Q8 is an int8 times a scale that GROUP neighbours in a
+// row share: largest magnitude / 127. A copy in Q8 is its int8, then its scales, see copy_bytes().
+enum Type { F32, BF16, Q8 };
+enum { GROUP = 64 };
+
 #define LAYER_TENSORS(X) \
     /* attention */                                                                                \
     X(input_layernorm, "input_layernorm.weight",                 1,             1,      d, ONES)   \
@@ -588,8 +611,9 @@ typedef struct {
     const char *name;           // without "model.layers.l."
     size_t copies, rows, cols;
     enum Init init;
+    enum Type type;
     size_t offset;              // in floats from the start of the weights, a multiple of 16
-    real *data;                 // (copies, rows, cols)
+    real *data;                 // (copies, rows, cols); where type is not F32, for matrix() only
 } Tensor;
 
 typedef struct {                // only Tensors: a layer is also an array of LAYER_TENSOR_COUNT
@@ -611,15 +635,59 @@ typedef struct {
     size_t size;                // in floats, the gaps included
 } Weights;
 
+// One matrix where it lies, its rows ld numbers apart, so that a product can read any type.
+typedef struct {
+    const void *data;
+    const float *scale;         // Q8: (rows, groups_of(ld))
+    size_t ld;
+    enum Type type;
+} Matrix;
+
 static const char HEAD_TENSORS[3][24] = { "embed_tokens.weight", "norm.weight", "lm_head.weight" };
 
 // How many numbers a tensor holds, and where its copy e starts.
 static size_t tensor_size(const Tensor *t) { return t->copies * t->rows * t->cols; }
 static real *at(const Tensor *t, size_t e) { return t->data + e * t->rows * t->cols; }
 
+// How many scales a row of n numbers has, and a size rounded up to whole cache lines.
+static size_t groups_of(size_t n) { return (n + GROUP - 1) / GROUP; }
+static size_t lines(size_t bytes) { return sum(bytes, 63) & ~(size_t)63; }
+
+// The bytes from one copy of a tensor to the next in a file. In Q8 its int8 and its scales both
+// start at multiples of 64.
+static size_t copy_bytes(const Tensor *t) {
+    const size_t size = product(t->rows, t->cols);
+    if (t->type != Q8) return product(size, t->type == F32 ? sizeof(float) : sizeof(uint16_t));
+    return sum(lines(size), lines(product(product(t->rows, groups_of(t->cols)), sizeof(float))));
+}
+
+// Numbers in memory as a matrix with rows ld numbers apart.
+static Matrix plain(const real *x, size_t ld) { return (Matrix){ x, NULL, ld, F32 }; }
+
+// Copy e of a tensor, from row `row` on.
+static Matrix matrix(const Tensor *t, size_t e, size_t row) {
+    if (t->type == F32) return plain(at(t, e) + row * t->cols, t->cols);
+    const char *copy = (const char *)t->data + e * copy_bytes(t);
+    if (t->type == BF16) return (Matrix){ copy + 2 * row * t->cols, NULL, t->cols, BF16 };
+    const float *scale = (const float *)(const void *)(copy + lines(t->rows * t->cols));
+    return (Matrix){ copy + row * t->cols, scale + row * groups_of(t->cols), t->cols, Q8 };
+}
+
+// Number i of a row.
+static real weight(Matrix w, size_t row, size_t i) {
+    const size_t k = row * w.ld + i;
+    if (w.type == F32) return ((const real *)w.data)[k];
+    if (w.type == Q8)
+        return (real)(w.scale[row * groups_of(w.ld) + i / GROUP] * ((const int8_t *)w.data)[k]);
+    const uint32_t bits = (uint32_t)((const uint16_t *)w.data)[k] << 16;
+    float x;
+    memcpy(&x, &bits, sizeof x);
+    return (real)x;
+}
+
 // Lays out the tensors of a model: names, shapes, offsets. weights_bind then gives them memory.
-// `up`: the upcycled kind, with coe_weights. Fails where sizes overflow.
-static Weights weights_layout(const Config *c, int up) {
+// `up`: the upcycled kind, with coe_weights; `type`: of the matrices. Fails where sizes overflow.
+static Weights weights_layout(const Config *c, int up, enum Type type) {
     const size_t V = c->vocab_size, d = c->hidden_size, L = c->num_hidden_layers,
         H = c->num_attention_heads, dn = c->qk_nope_head_dim, dr = c->qk_rope_head_dim,
         dv = c->v_head_dim, r = c->q_lora_rank, R = c->kv_lora_rank, E = c->n_routed_experts,
@@ -633,31 +701,35 @@ static Weights weights_layout(const Config *c, int up) {
     w.layer = (Layer *)(w.tensor + 1);
     w.norm = w.tensor + w.n_tensors - 2;
     w.lm_head = w.tensor + w.n_tensors - 1;
-    *w.embed_tokens = (Tensor){ HEAD_TENSORS[0], 1, V, d, NORMAL, 0, NULL };
-    *w.norm         = (Tensor){ HEAD_TENSORS[1], 1, 1, d, ONES, 0, NULL };
-    *w.lm_head      = (Tensor){ HEAD_TENSORS[2], !c->tie_word_embeddings, V, d, NORMAL, 0, NULL };
+    *w.embed_tokens = (Tensor){ HEAD_TENSORS[0], 1, V, d, NORMAL, F32, 0, NULL };
+    *w.norm = (Tensor){ HEAD_TENSORS[1], 1, 1, d, ONES, F32, 0, NULL };
+    *w.lm_head = (Tensor){ HEAD_TENSORS[2], !c->tie_word_embeddings, V, d, NORMAL, F32, 0, NULL };
     for (size_t l = 0; l < L; l++) {
         const int moe = is_moe(c, l);
 #define X(field, name, copies, rows, cols, init) \
-        w.layer[l].field = (Tensor){ name, (size_t)(copies), rows, cols, init, 0, NULL };
+        w.layer[l].field = (Tensor){ name, (size_t)(copies), rows, cols, init, F32, 0, NULL };
         LAYER_TENSORS(X)
 #undef X
     }
     for (size_t i = 0; i < w.n_tensors; i++) {
         Tensor *t = &w.tensor[i];
-        const size_t size = product(product(t->copies, t->rows), t->cols);
+        if (t->init == NORMAL) t->type = type;
         t->offset = w.size;
-        w.size = sum(w.size, sum(size, 15)) & ~(size_t)15;      // 16 floats are 64 bytes
+        w.size = sum(w.size, lines(product(t->copies, copy_bytes(t))) / sizeof(float));
     }
     product(w.size, 4 * sizeof(real));      // weights, gradients, both moments: countable in bytes
     if (c->tie_word_embeddings) w.lm_head = w.embed_tokens;
     return w;
 }
 
-// Points every tensor into `block`, which holds w->size numbers in file order.
-static void weights_bind(Weights *w, real *block) {
-    for (size_t i = 0; i < w->n_tensors; i++)
-        w->tensor[i].data = w->tensor[i].copies ? block + w->tensor[i].offset : NULL;
+// Points every tensor into `block`, which holds w->size numbers in file order: reals, or where the
+// matrices are of a narrower type what the file holds.
+static void weights_bind(Weights *w, void *block) {
+    const size_t unit = w->tensor[0].type == F32 ? sizeof(real) : sizeof(float);
+    for (size_t i = 0; i < w->n_tensors; i++) {
+        Tensor *t = &w->tensor[i];
+        t->data = t->copies ? (real *)(void *)((char *)block + unit * t->offset) : NULL;
+    }
 }
 
 // The full name of copy e of tensor i, as in a checkpoint, into name[size]:
@@ -706,22 +778,32 @@ static void weights_init(Model *m, uint64_t seed) {
     }
 }
 
-// Parameters in all, and those that one token is multiplied with, once per iteration where the
-// chain repeats them. (Embedding rows are looked up, not multiplied.)
-static void count_parameters(const Model *m, size_t *total, size_t *active) {
+typedef struct {
+    size_t total, bytes;                // parameters in all
+    size_t active, active_bytes;        // those that one token is multiplied with, once per
+                                        // iteration where the chain repeats them
+    size_t last_ffn;                    // of the active, those behind the last layer's attention
+} Parameters;
+
+// How many there are. (Embedding rows are looked up, not multiplied.)
+static Parameters count_parameters(const Model *m) {
     const Config *c = &m->config;
-    *total = *active = 0;
+    const size_t K = c->num_experts_per_tok, C = c->inner_iter;
+    Parameters p = { 0 };
     for (size_t i = 0; i < m->w.n_tensors; i++) {
         const Tensor *t = &m->w.tensor[i];
-        size_t n = tensor_size(t);
-        *total += n;
-        if (strstr(t->name, ".experts.") && n)
-            n = n / t->copies * (size_t)(c->num_experts_per_tok * c->inner_iter);
-        if (strstr(t->name, ".shared_experts.")) n *= (size_t)c->inner_iter;
-        if (strstr(t->name, "mlp.gate.weight")) n *= (size_t)c->inner_iter;
-        if (t == m->w.embed_tokens && t != m->w.lm_head) n = 0;
-        *active += n;
+        size_t times = t->copies;       // that a copy is used per token
+        if (strstr(t->name, ".experts.") && times) times = K * C;
+        if (strstr(t->name, ".shared_experts.") || strstr(t->name, "mlp.gate.weight")) times *= C;
+        if (t == m->w.embed_tokens && t != m->w.lm_head) times = 0;
+        p.total += tensor_size(t);
+        p.bytes += t->copies * copy_bytes(t);
+        p.active += times * t->rows * t->cols;
+        p.active_bytes += times * copy_bytes(t);
+        if (t >= &m->w.layer[c->num_hidden_layers - 1].gate && t < m->w.norm)
+            p.last_ffn += times * t->rows * t->cols;
     }
+    return p;
 }
 
 // The resolved model in one line, on stderr.
@@ -731,14 +813,13 @@ static void print_model(const Model *m) {
         m->coe_weights ? (c->outer_residual ? "coe_weights+outer" : "coe_weights") :
         c->inner_residual ? (c->outer_residual ? "inner+outer" : "inner") :
         c->outer_residual ? "outer" : "none";
-    size_t total, active;
-    count_parameters(m, &total, &active);
+    const Parameters p = count_parameters(m);
     fprintf(stderr, "model: d %lld, L %lld, E %lld, K %lld, C %lld, S %lld, residual %s, gates %s, "
             "%.3f M parameters, %.3f M active, %d thread%s\n",
             (long long)c->hidden_size, (long long)c->num_hidden_layers,
             (long long)c->n_routed_experts, (long long)c->num_experts_per_tok,
             (long long)c->inner_iter, (long long)c->n_shared_experts, residual,
-            c->use_igate ? "own" : "shared", (double)total / 1e6, (double)active / 1e6,
+            c->use_igate ? "own" : "shared", (double)p.total / 1e6, (double)p.active / 1e6,
             thread_count(), thread_count() == 1 ? "" : "s");
 }
 
@@ -752,7 +833,7 @@ static void print_model(const Model *m) {
 //     +--------------------+
 //     | tokenizer          |  the tables of [13]; empty for the byte tokenizer and for none
 //     +--------------------+
-//     | weights            |  the tensors of [4] in their order, float32, each at a multiple of 64
+//     | weights            |  the tensors of [4] in their order, each at a multiple of 64
 //     +--------------------+
 //     | training state     |  written by train.c, absent in a model that is only run
 //     +--------------------+
@@ -767,7 +848,7 @@ typedef struct {
     char magic[4];                  // "COE1"
     uint32_t version;
     uint64_t file_bytes, files_bytes, tokenizer_bytes, state_bytes;
-    int64_t dtype;                  // of the matrices: 0 float32, 1 bfloat16, 2 int8 in groups
+    int64_t dtype;                  // of the matrices, an enum Type
     int64_t tokenizer, coe_weights;
     int64_t unused[8];
     Config config;
@@ -816,9 +897,9 @@ static void read_header(Model *m, Header *h, const char *path, const char *head,
     if (h->file_bytes != file_bytes)
         fail(FAILED, "%s: is %llu bytes long, its header says %llu: cut off or damaged",
              path, (unsigned long long)file_bytes, (unsigned long long)h->file_bytes);
-    if (h->dtype != 0)
-        fail(FAILED, "%s: weight type is %lld, this program reads 0 (float32): "
-             "python export.py %s f32.bin --dtype f32", path, (long long)h->dtype, path);
+    if (h->dtype < F32 || h->dtype > Q8)
+        fail(FAILED, "%s: weight type is %lld, must be 0 (float32), 1 (bfloat16) or 2 (int8)",
+             path, (long long)h->dtype);
     if (h->tokenizer < 0 || h->tokenizer > BPE)
         fail(FAILED, "%s: tokenizer is %lld, must be 0 (none), 1 (bytes) or 2 (bpe)",
              path, (long long)h->tokenizer);
@@ -838,7 +919,7 @@ static void read_header(Model *m, Header *h, const char *path, const char *head,
     if ((uint64_t)h->config.num_hidden_layers * 64 > file_bytes)
         fail(FAILED, "%s: num_hidden_layers is %lld, more than a file of %llu bytes holds",
              path, (long long)h->config.num_hidden_layers, (unsigned long long)file_bytes);
-    m->w = weights_layout(&m->config, m->coe_weights);
+    m->w = weights_layout(&m->config, m->coe_weights, (enum Type)h->dtype);
     size_t sections = sum(sum(h->files_bytes, h->state_bytes), product(m->w.size, 4));
     size_t expected = sum(HEADER_BYTES, sum(h->tokenizer_bytes, sections));
     if (expected != file_bytes || h->files_bytes % 64)
@@ -898,9 +979,28 @@ static void on_sigbus(int signal_number) {
 }
 #endif
 
-// Opens a model file, or ends the program. With `to_train` the weights are read into memory;
-// otherwise they are mapped, so that starting takes no longer for a large model and pages come as
-// they are used. *state, if wanted, is the file, still open, at its training state of *state_bytes
+// Makes the weights of a model that was read from a narrower type float32, in memory of their own.
+static void widen(Model *m) {
+    Weights wide = weights_layout(&m->config, m->coe_weights, F32);
+    real *block = allocate(product(wide.size, sizeof(real)), "the weights");
+    weights_bind(&wide, block);
+    for (size_t i = 0; i < wide.n_tensors; i++) {
+        const Tensor *from = &m->w.tensor[i], *to = &wide.tensor[i];
+        const float *floats = (const float *)(const void *)from->data;
+        for (size_t k = 0; k < to->copies * to->rows; k++)
+            for (size_t j = 0; j < to->cols; j++)
+                to->data[k * to->cols + j] = from->type == F32 ? (real)floats[k * to->cols + j]
+                    : weight(matrix(from, k / to->rows, k % to->rows), 0, j);
+    }
+    release(m->weights);
+    release(m->w.tensor);
+    m->w = wide;
+    m->weights = block;
+}
+
+// Opens a model file, or ends the program. With `to_train` the weights are read into memory, as
+// float32; otherwise they are mapped, so that starting takes no longer for a large model and pages
+// come as they are used. *state, if wanted, is the file, still open, at its training state of *state_bytes
 // bytes; that works with to_train only.
 static Model model_open(const char *path, int to_train, FILE **state, uint64_t *state_bytes) {
     Model m = { 0 };
@@ -928,9 +1028,11 @@ static Model model_open(const char *path, int to_train, FILE **state, uint64_t *
 #endif
     if (!m.map) {
         m.weights = allocate(product(m.w.size, sizeof(real)), "the weights");
-        read_floats(m.weights, m.w.size, file, path);
+        if (h.dtype == F32) read_floats(m.weights, m.w.size, file, path);
+        else read_exactly(m.weights, m.w.size * sizeof(float), file, path);
     }
     weights_bind(&m.w, m.weights);
+    if (h.dtype != F32 && (to_train || sizeof(real) != sizeof(float))) widen(&m);
     if (state) *state = file; else fclose(file);
     if (state_bytes) *state_bytes = h.state_bytes;
     return m;
@@ -966,6 +1068,11 @@ enum { LANES = VECTOR_BYTES / sizeof(real) };
 typedef real vec  __attribute__((vector_size(VECTOR_BYTES)));
 // The same at any address.
 typedef real uvec __attribute__((vector_size(VECTOR_BYTES), aligned(sizeof(real)), may_alias));
+// As many 32-bit words of a file, and what they turn into on the way to a vec.
+typedef uint32_t vec_u32  __attribute__((vector_size(4 * LANES)));
+typedef uint32_t uvec_u32 __attribute__((vector_size(4 * LANES), aligned(1), may_alias));
+typedef int32_t vec_i32   __attribute__((vector_size(4 * LANES)));
+typedef float vec_f32     __attribute__((vector_size(4 * LANES)));
 
 // clang would split 64-byte vectors in two, for processors on which they slow down the clock.
 #if defined(__clang__) && __has_attribute(min_vector_width)
@@ -1162,53 +1269,107 @@ WIDE static void tile_cols(real *c, size_t ldc, const real *a, size_t ai, size_t
 #define RIFFLE_HIGH(a, b) __builtin_shufflevector(a, b, 2, 6, 3, 7)
 #endif
 
-// Writes the transpose of LANES rows of b (stride ldb) to LANES rows of p (stride TILE_COLS).
-// Riffling the rows like two halves of a pack of cards, log2(LANES) times, transposes them: every
-// round moves the highest bit of the row's number to the lowest of the column's.
-WIDE static inline void transpose_square(real *p, const real *b, size_t ldb) {
+// Weights of the narrow types come out of 32-bit words with two shifts or one mask, which any
+// processor can do to a whole vector: a word holds per_word() of them. LANES words starting at
+// column i have, as part k, the columns i + k, i + P + k, i + 2 P + k, ... with P = per_word().
+static inline size_t per_word(enum Type type) { return type == F32 ? 1 : type == BF16 ? 2 : 4; }
+
+// Where column i of a row is. `type` is w.type, here and below a constant where this is inlined.
+static inline const void *place(Matrix w, size_t row, size_t i, enum Type type) {
+    return (const char *)w.data + (row * w.ld + i) *
+           (type == F32 ? sizeof(real) : type == BF16 ? sizeof(uint16_t) : sizeof(int8_t));
+}
+
+// Part k of the LANES words of a row that start at column i; in Q8 without the scale, which they
+// share.
+WIDE static inline __attribute__((always_inline)) vec load_part(Matrix w, size_t row, size_t i,
+                                                                size_t k, enum Type type) {
+    if (type == F32) return load(place(w, row, i, type));
+    const vec_u32 words = *(const uvec_u32 *)place(w, row, i, type);
+    if (type == Q8) return __builtin_convertvector((vec_i32)(words << (24 - 8 * k)) >> 24, vec);
+    const vec_u32 bits = k ? words & 0xFFFF0000u : words << 16;
+    vec_f32 x;
+    memcpy(&x, &bits, sizeof x);
+    return __builtin_convertvector(x, vec);
+}
+
+// The same with the scale.
+WIDE static inline __attribute__((always_inline)) vec load_scaled(Matrix w, size_t row, size_t i,
+                                                                  size_t k, enum Type type) {
+    const vec x = load_part(w, row, i, k, type);
+    return type == Q8 ? x * w.scale[row * groups_of(w.ld) + i / GROUP] : x;
+}
+
+// Writes LANES rows of b, part k of the words at column i, as columns of a panel: part k's columns
+// become rows P apart. Riffling the rows like two halves of a pack of cards, log2(LANES) times,
+// transposes them: every round moves the highest bit of the row's number to the lowest of the
+// column's.
+WIDE static inline __attribute__((always_inline)) void transpose_square(
+        real *panel, Matrix b, size_t row, size_t i, size_t k, enum Type type) {
+    const size_t stride = per_word(type) * TILE_COLS;
+    vec x[LANES];
+    for (size_t j = 0; j < LANES; j++) x[j] = load_scaled(b, row + j, i, k, type);
+    panel += k * TILE_COLS;
 #ifdef RIFFLE_LOW
-    vec x[LANES], y[LANES];
-    for (size_t i = 0; i < LANES; i++) x[i] = load(b + i * ldb);
+    vec y[LANES];
     for (int round = 1; round < LANES; round *= 2) {
-        for (int i = 0; i < LANES / 2; i++) {
-            y[2 * i] = RIFFLE_LOW(x[i], x[i + LANES / 2]);
-            y[2 * i + 1] = RIFFLE_HIGH(x[i], x[i + LANES / 2]);
+        for (int j = 0; j < LANES / 2; j++) {
+            y[2 * j] = RIFFLE_LOW(x[j], x[j + LANES / 2]);
+            y[2 * j + 1] = RIFFLE_HIGH(x[j], x[j + LANES / 2]);
         }
-        for (int i = 0; i < LANES; i++) x[i] = y[i];
+        for (int j = 0; j < LANES; j++) x[j] = y[j];
     }
-    for (size_t i = 0; i < LANES; i++) *(uvec *)(p + i * TILE_COLS) = x[i];
+    for (size_t j = 0; j < LANES; j++) *(uvec *)(panel + j * stride) = x[j];
 #else
-    for (size_t i = 0; i < LANES; i++)
-        for (size_t j = 0; j < LANES; j++) p[i * TILE_COLS + j] = b[j * ldb + i];
+    for (size_t j = 0; j < LANES; j++)
+        for (size_t e = 0; e < LANES; e++) panel[j * stride + e] = x[e][j];
 #endif
 }
 
-// panel[k][j] = b[k * bk + j * bj] for k < depth, j < cols, in rows of TILE_COLS; 0 from there on,
-// up to a whole vector.
-WIDE static void pack(real *panel, const real *b, size_t bk, size_t bj, size_t depth, size_t cols) {
-    size_t whole = (cols + LANES - 1) / LANES * LANES, k = 0;
-    if (bj == 1) {
-        for (; k < depth; k++) {
-            memcpy(panel + k * TILE_COLS, b + k * bk, cols * sizeof(real));
-            for (size_t j = cols; j < whole; j++) panel[k * TILE_COLS + j] = 0;
+// panel[k][j] = b[k0 + k][j0 + j], or of b's transpose, for k < depth, j < cols, in rows of
+// TILE_COLS; 0 from there on, up to a whole vector.
+WIDE static inline __attribute__((always_inline)) void pack_of(
+        real *panel, Matrix b, int transposed, size_t k0, size_t j0, size_t depth, size_t cols,
+        enum Type type) {
+    const size_t whole = (cols + LANES - 1) / LANES * LANES, P = per_word(type);
+    if (!transposed) {
+        for (size_t k = 0; k < depth; k++) {
+            real *to = panel + k * TILE_COLS;
+            size_t j = 0;
+            for (; j + P * LANES <= cols; j += P * LANES)
+                for (size_t part = 0; part < P; part++) {
+                    const vec x = load_scaled(b, k0 + k, j0 + j, part, type);
+                    if (P == 1) *(uvec *)(to + j) = x;
+                    else for (size_t i = 0; i < LANES; i++) to[j + P * i + part] = x[i];
+                }
+            for (; j < whole; j++) to[j] = j < cols ? weight(b, k0 + k, j0 + j) : 0;
         }
         return;
     }
     for (size_t j = 0; j < whole; j += LANES) {
-        k = 0;
-        if (bk == 1 && cols - j >= LANES)
-            for (; k + LANES <= depth; k += LANES)
-                transpose_square(panel + k * TILE_COLS + j, b + k + j * bj, bj);
+        size_t k = 0;
+        if (cols - j >= LANES)
+            for (; k + P * LANES <= depth; k += P * LANES)
+                for (size_t part = 0; part < P; part++)
+                    transpose_square(panel + k * TILE_COLS + j, b, j0 + j, k0 + k, part, type);
         for (; k < depth; k++)
             for (size_t i = j; i < j + LANES; i++)
-                panel[k * TILE_COLS + i] = i < cols ? b[k * bk + i * bj] : 0;
+                panel[k * TILE_COLS + i] = i < cols ? weight(b, j0 + i, k0 + k) : 0;
     }
 }
 
-// c (M, N) = a b, or += with `add`: c[i][j] at c[i * ldc + j], a[i][k] at a[i * ai + k * ak],
-// b[k][j] at b[k * bk + j * bj]; the sum runs over k < K.
+// The same for any type.
+WIDE static void pack(real *panel, Matrix b, int transposed, size_t k0, size_t j0, size_t depth,
+                      size_t cols) {
+    if (b.type == F32) pack_of(panel, b, transposed, k0, j0, depth, cols, F32);
+    else if (b.type == BF16) pack_of(panel, b, transposed, k0, j0, depth, cols, BF16);
+    else pack_of(panel, b, transposed, k0, j0, depth, cols, Q8);
+}
+
+// c (M, N) = a b, or += with `add`: c[i][j] at c[i * ldc + j], a[i][k] at a[i * ai + k * ak]; b, or
+// its transpose, is (K, N).
 static void product_of(real *c, size_t ldc, const real *a, size_t ai, size_t ak,
-                       const real *b, size_t bk, size_t bj, size_t M, size_t N, size_t K, int add) {
+                       Matrix b, int transposed, size_t M, size_t N, size_t K, int add) {
     static _Thread_local real panel[PANEL_DEPTH * TILE_COLS] __attribute__((aligned(64)));
     const size_t down = (M + BLOCK_ROWS - 1) / BLOCK_ROWS, across = (N + TILE_COLS - 1) / TILE_COLS;
     #pragma omp parallel for schedule(dynamic, 1) \
@@ -1219,7 +1380,7 @@ static void product_of(real *c, size_t ldc, const real *a, size_t ai, size_t ak,
         const size_t cols = N - j0 < TILE_COLS ? N - j0 : TILE_COLS;
         for (size_t k0 = 0; k0 < K; k0 += PANEL_DEPTH) {
             const size_t depth = K - k0 < PANEL_DEPTH ? K - k0 : PANEL_DEPTH;
-            pack(panel, b + k0 * bk + j0 * bj, bk, bj, depth, cols);
+            pack(panel, b, transposed, k0, j0, depth, cols);
             for (size_t i = 0; i < rows; i += TILE_ROWS)
                 tile_cols(c + (i0 + i) * ldc + j0, ldc, a + (i0 + i) * ai + k0 * ak, ai, ak,
                           panel, TILE_COLS, depth, rows - i < TILE_ROWS ? rows - i : TILE_ROWS,
@@ -1228,57 +1389,103 @@ static void product_of(real *c, size_t ldc, const real *a, size_t ai, size_t ak,
     }
 }
 
-// y (n, out) = x (n, in) w (out, in)^T, or += with `add`, for few rows: every number of w is used n
-// times only, so what counts is reading it once, in order. Four rows of w at a time keep enough
-// loads on their way.
-WIDE static void few_rows(real *y, size_t ldy, const real *x, size_t ldx, const real *w, size_t ldw,
-                          size_t n, size_t in, size_t out, int add) {
-    #pragma omp parallel for schedule(static) if (worth_threads(in * out))
-    for (size_t j = 0; j < (out + 3) / 4; j++)
-        for (size_t t = 0; t < n; t++) {
-            const real *xt = x + t * ldx, *rows[4];
+// y[j .. j + 3] (of the `out` that there are) = rows j .. of w times x, or += with `add`, for `in`
+// columns from `first` on; x is in the order of spread(). Four rows of w at a time keep enough
+// loads on their way, and the next four are asked for early: the processor guesses by itself what
+// is read next only within a page of 4 KB. In Q8 the sum over a group is scaled.
+WIDE static inline __attribute__((always_inline)) void four_rows(
+        real *y, const real *x, Matrix w, size_t j, size_t first, size_t in, size_t out, int add,
+        enum Type type) {
+    const size_t P = per_word(type), whole = in / (P * LANES) * (P * LANES);
+    const size_t step = type == Q8 ? GROUP : whole + !whole;
+    size_t row[4];
+    for (size_t k = 0; k < 4; k++) row[k] = j + k < out ? j + k : out - 1;
+    vec s[4] = { { 0 } };
+    for (size_t begin = 0; begin < whole; begin += step) {
+        const size_t end = whole - begin < step ? whole : begin + step;
+        vec g[4] = { { 0 } };
+        for (size_t i = begin; i < end; i += P * LANES) {
             for (size_t k = 0; k < 4; k++)
-                rows[k] = w + (4 * j + k < out ? 4 * j + k : out - 1) * ldw;
-            vec s[4] = { { 0 } };
-            size_t i = 0;
-            for (; i + LANES <= in; i += LANES)
-                for (size_t k = 0; k < 4; k++) s[k] += load(xt + i) * load(rows[k] + i);
-            for (size_t k = 0; k < 4 && 4 * j + k < out; k++) {
-                real tail = 0;
-                for (size_t e = i; e < in; e++) tail += xt[e] * rows[k][e];
-                real *to = y + t * ldy + 4 * j + k;
-                *to = (add ? *to : 0) + (add_lanes(s[k]) + tail);
-            }
+                __builtin_prefetch(place(w, row[k] + 4, first + i, type));
+            for (size_t part = 0; part < P; part++)
+                for (size_t k = 0; k < 4; k++)
+                    g[k] += load(x + i + part * LANES) *
+                            load_part(w, row[k], first + i, part, type);
         }
+        for (size_t k = 0; k < 4; k++)
+            s[k] += type == Q8
+                ? g[k] * w.scale[row[k] * groups_of(w.ld) + (first + begin) / GROUP] : g[k];
+    }
+    for (size_t k = 0; k < 4 && j + k < out; k++) {
+        real tail = 0;
+        for (size_t i = whole; i < in; i++) tail += x[i] * weight(w, j + k, first + i);
+        y[j + k] = (add ? y[j + k] : 0) + (add_lanes(s[k]) + tail);
+    }
+}
+
+// Copies n numbers of x to where load_part() wants them: of each P * LANES, those that belong to
+// part 0 come first. What is left over keeps its order.
+static void spread(real *to, const real *x, size_t n, size_t P) {
+    for (size_t i = 0; i < n; i++) {
+        const size_t block = i / (P * LANES) * (P * LANES), k = i - block;
+        to[block + P * LANES <= n ? block + k % P * LANES + k / P : i] = x[i];
+    }
+}
+
+// y (n, out) = x (n, in) w (out, in)^T, or += with `add`, for few rows: every number of w is used n
+// times only, so what counts is reading it once, in order.
+enum { FEW = 3, FEW_COLS = 4096 };
+WIDE static void few_rows(real *y, size_t ldy, const real *x, size_t ldx, Matrix w,
+                          size_t n, size_t in, size_t out, int add) {
+    real ready[FEW * FEW_COLS];
+    size_t width = in, ld = ldx;
+    for (size_t first = 0; first < in; first += width, add = 1) {
+        const real *from = x;
+        if (w.type != F32) {
+            width = in - first < FEW_COLS ? in - first : FEW_COLS;
+            for (size_t t = 0; t < n; t++)
+                spread(ready + t * FEW_COLS, x + t * ldx + first, width, per_word(w.type));
+            from = ready, ld = FEW_COLS;
+        }
+        #pragma omp parallel for schedule(static) if (worth_threads(width * out))
+        for (size_t j = 0; j < out; j += 4)
+            for (size_t t = 0; t < n; t++) {
+                real *yt = y + t * ldy;
+                const real *xt = from + t * ld;
+                if (w.type == F32) four_rows(yt, xt, w, j, first, width, out, add, F32);
+                else if (w.type == BF16) four_rows(yt, xt, w, j, first, width, out, add, BF16);
+                else four_rows(yt, xt, w, j, first, width, out, add, Q8);
+            }
+    }
 }
 
 // The three forms, n rows of activations each; += instead of = with `add`. An argument ld... is the
 // stride of the one before it.
 
 // y (n, out) = x (n, in) w (out, in)^T
-static void matmul_nt(real *y, size_t ldy, const real *x, size_t ldx, const real *w, size_t ldw,
+static void matmul_nt(real *y, size_t ldy, const real *x, size_t ldx, Matrix w,
                       size_t n, size_t in, size_t out, int add) {
-    if (n < 4) few_rows(y, ldy, x, ldx, w, ldw, n, in, out, add);
-    else product_of(y, ldy, x, ldx, 1, w, 1, ldw, n, out, in, add);
+    if (n <= FEW) few_rows(y, ldy, x, ldx, w, n, in, out, add);
+    else product_of(y, ldy, x, ldx, 1, w, 1, n, out, in, add);
 }
 
 // x (n, in) = y (n, out) w (out, in)
-static void matmul_nn(real *x, size_t ldx, const real *y, size_t ldy, const real *w, size_t ldw,
+static void matmul_nn(real *x, size_t ldx, const real *y, size_t ldy, Matrix w,
                       size_t n, size_t in, size_t out, int add) {
-    product_of(x, ldx, y, ldy, 1, w, ldw, 1, n, in, out, add);
+    product_of(x, ldx, y, ldy, 1, w, 0, n, in, out, add);
 }
 
 // w (out, in) = y (n, out)^T x (n, in)
 static void matmul_tn(real *w, size_t ldw, const real *y, size_t ldy, const real *x, size_t ldx,
                       size_t n, size_t in, size_t out, int add) {
-    product_of(w, ldw, y, 1, ldy, x, ldx, 1, out, in, n, add);
+    product_of(w, ldw, y, 1, ldy, plain(x, ldx), 0, out, in, n, add);
 }
 
 // y (n, rows of w) = x (n, columns of w) w^T + bias, with copy e of the stack w. A bias that is
 // NULL, or a tensor without data, is none.
 static void linear(real *y, const real *x, const Tensor *w, size_t e, const Tensor *bias,
                    size_t n) {
-    matmul_nt(y, w->rows, x, w->cols, at(w, e), w->cols, n, w->cols, w->rows, 0);
+    matmul_nt(y, w->rows, x, w->cols, matrix(w, e, 0), n, w->cols, w->rows, 0);
     if (bias && bias->data)
         for (size_t t = 0; t < n; t++)
             for (size_t i = 0; i < w->rows; i++) y[t * w->rows + i] += bias->data[i];
@@ -1340,13 +1547,19 @@ typedef struct {
     real *norm;                 // (T, max(d, r))  a normed input, for as long as it is needed
     real *gathered, *returned;  // (T K, d)   inputs and outputs of the experts, grouped
     real *act;                  // (T K, f) or (T, f S) or (T, I), the largest
-    real *scores;               // (threads, QUERY_BLOCK, ctx)
-    real *absorbed;             // (threads, QUERY_BLOCK, 2 R + dr)
+    real *scores;               // (threads, QUERY_BLOCK or latent_rows(), ctx)
+    real *absorbed;             // (threads, latent_rows(), 2 R + dr)
     char *memory;
     size_t memory_bytes;
 } State;
 
 enum { QUERY_BLOCK = 48 };      // queries whose scores a thread holds at a time
+
+// The same on the latents, where the queries of all heads of a token are together.
+static size_t latent_rows(const Config *c) {
+    const size_t H = c->num_attention_heads;
+    return H < QUERY_BLOCK ? QUERY_BLOCK / H * H : H;
+}
 
 static size_t max_size(size_t a, size_t b) { return a > b ? a : b; }
 
@@ -1430,8 +1643,10 @@ static void state_layout(State *s, const Config *c, Arena *arena) {
     s->gathered    = take(arena, TK * d, fit);
     s->returned    = take(arena, TK * d, fit);
     s->act         = take(arena, max_size(TK * f, T * wide), fit);
-    s->scores      = take(arena, product(threads * QUERY_BLOCK, s->context), fit);
-    s->absorbed    = take(arena, threads * QUERY_BLOCK * (2 * R + dr), fit);
+    const size_t cached_rows = s->keep ? 0 : latent_rows(c);
+    s->scores      = take(arena, product(threads * max_size(QUERY_BLOCK, cached_rows), s->context),
+                          fit);
+    s->absorbed    = take(arena, threads * cached_rows * (2 * R + dr), fit);
 }
 
 // Fills s->cos and s->sin (context, dr / 2): position p turns pair i by the angle p * omega_i with
@@ -1504,7 +1719,7 @@ static void state_free(State *s) { release(s->memory); s->memory = NULL; }
 // The factor on the scores: (dn + dr)^(-1/2), times YaRN's temperature (mscale_all_dim), squared
 // because it belongs to both q and k.
 static real attention_scale(const Config *c) {
-    double factor = c->rope_scaling_factor;
+    double factor = c->rope_scaling_type ? c->rope_scaling_factor : 1;
     double m = factor > 1 ? 0.1 * c->rope_scaling_mscale_all * log(factor) + 1 : 1;
     return (real)(m * m / sqrt((double)(c->qk_nope_head_dim + c->qk_rope_head_dim)));
 }
@@ -1529,12 +1744,14 @@ static size_t block_rows(size_t n, size_t i0) {
 }
 
 // Softmax over the keys that each row may see, 0 for the rest: row i of p (rows, keys) sees the
-// first seen + i. log_sum at stride H, or NULL.
-static void causal_softmax(real *p, size_t rows, size_t keys, size_t seen, real scale,
-                           real *log_sum, size_t H) {
+// first seen + i / share, where `share` rows belong to one token. log_sum at stride H, or NULL.
+static void causal_softmax(real *p, size_t rows, size_t keys, size_t seen, size_t share,
+                           real scale, real *log_sum, size_t H) {
+    #pragma omp parallel for if (worth_threads(rows * keys))
     for (size_t i = 0; i < rows; i++) {
-        softmax(p + i * keys, seen + i, scale, log_sum ? log_sum + i * H : NULL);
-        memset(p + i * keys + seen + i, 0, (keys - seen - i) * sizeof(real));
+        const size_t n = seen + i / share;
+        softmax(p + i * keys, n, scale, log_sum ? log_sum + i * H : NULL);
+        memset(p + i * keys + n, 0, (keys - n) * sizeof(real));
     }
 }
 
@@ -1545,8 +1762,8 @@ static void causal_softmax(real *p, size_t rows, size_t keys, size_t seen, real 
 static void scores_of(real *p, const real *q, size_t ldq, const real *k, size_t ldk,
                       const real *k_rot, size_t ldr, size_t rows, size_t keys,
                       size_t dn, size_t dr) {
-    matmul_nt(p, keys, q, ldq, k, ldk, rows, dn, keys, 0);
-    matmul_nt(p, keys, q + dn, ldq, k_rot, ldr, rows, dr, keys, 1);
+    matmul_nt(p, keys, q, ldq, plain(k, ldk), rows, dn, keys, 0);
+    matmul_nt(p, keys, q + dn, ldq, plain(k_rot, ldr), rows, dr, keys, 1);
 }
 
 // a->heads (B n, H dv) from a->q, a->kv and the rotated keys: whole sequences from position 0 on.
@@ -1566,35 +1783,53 @@ static void attend_expanded(const Config *c, State *s, LayerState *a, size_t B, 
         real *heads = a->heads + (first * H + h) * dv;
         real *p = s->scores + (size_t)thread_id() * QUERY_BLOCK * s->context;
         scores_of(p, q, H * dq, kv, H * dkv, k_rot, R + dr, rows, keys, dn, dr);
-        causal_softmax(p, rows, keys, i0 + 1, scale, a->log_sum + first * H + h, H);
-        matmul_nn(heads, H * dv, p, keys, kv + dn, H * dkv, rows, dv, keys, 0);
+        causal_softmax(p, rows, keys, i0 + 1, 1, scale, a->log_sum + first * H + h, H);
+        matmul_nn(heads, H * dv, p, keys, plain(kv + dn, H * dkv), rows, dv, keys, 0);
     }
 }
 
-// The same for n tokens from position pos on, on the cached latents: nothing is kept.
+// The same on the cached latents for `queries` tokens of one sequence, row `first` of a->q being
+// the one at position pos. All heads share the latents, so the heads of a token are rows of one
+// product: `rows` of them, (queries, H). Nothing is kept.
 static void attend_latent(const Config *c, State *s, LayerState *a, const Tensor *kv_b_proj,
-                          size_t B, size_t n, size_t stride, size_t pos) {
+                          const real *cached, size_t first, size_t queries, size_t pos) {
     const size_t H = c->num_attention_heads, dn = c->qk_nope_head_dim, dr = c->qk_rope_head_dim,
-        dv = c->v_head_dim, R = c->kv_lora_rank, dq = dn + dr, blocks = query_blocks(n);
-    const real scale = attention_scale(c);
-    #pragma omp parallel for schedule(dynamic, 1) if (worth_threads((pos + n) * n * H * R))
-    for (size_t task = 0; task < B * H * blocks; task++) {
-        const size_t b = task / blocks / H, h = task / blocks % H, i0 = task % blocks * QUERY_BLOCK;
-        const size_t rows = block_rows(n, i0), keys = pos + i0 + rows, first = b * n + i0;
-        const size_t thread = (size_t)thread_id();
-        const real *w_k = kv_b_proj->data + h * (dn + dv) * R, *w_v = w_k + dn * R;
-        const real *q = a->q + (first * H + h) * dq, *latent = a->latent + b * stride * (R + dr);
-        real *heads = a->heads + (first * H + h) * dv;
-        real *p = s->scores + thread * QUERY_BLOCK * s->context;
-        real *q_latent = s->absorbed + thread * QUERY_BLOCK * (2 * R + dr);     // (rows, R + dr)
-        real *o_latent = q_latent + QUERY_BLOCK * (R + dr);                     // (rows, R)
-        matmul_nn(q_latent, R + dr, q, H * dq, w_k, R, rows, R, dn, 0);         // W_k^T q
-        for (size_t i = 0; i < rows; i++)
-            memcpy(q_latent + i * (R + dr) + R, q + i * H * dq + dn, dr * sizeof(real));
-        matmul_nt(p, keys, q_latent, R + dr, latent, R + dr, rows, R + dr, keys, 0);
-        causal_softmax(p, rows, keys, pos + i0 + 1, scale, NULL, 0);
-        matmul_nn(o_latent, R, p, keys, latent, R + dr, rows, R, keys, 0);      // sum_j p_j c_j
-        matmul_nt(heads, H * dv, o_latent, R, w_v, R, rows, R, dv, 0);
+        dv = c->v_head_dim, R = c->kv_lora_rank, dq = dn + dr, rows = queries * H,
+        keys = pos + queries, most = latent_rows(c), thread = (size_t)thread_id();
+    const Matrix latent = plain(cached, R + dr);
+    const real *q = a->q + first * H * dq;
+    real *heads = a->heads + first * H * dv;
+    real *p = s->scores + thread * most * s->context;               // (rows, keys)
+    real *q_latent = s->absorbed + thread * most * (2 * R + dr);    // (rows, R + dr)
+    real *o_latent = q_latent + most * (R + dr);                    // (rows, R)
+    for (size_t h = 0; h < H; h++)                                  // W_k^T q
+        matmul_nn(q_latent + h * (R + dr), H * (R + dr), q + h * dq, H * dq,
+                  matrix(kv_b_proj, 0, h * (dn + dv)), queries, R, dn, 0);
+    for (size_t i = 0; i < rows; i++)
+        memcpy(q_latent + i * (R + dr) + R, q + i * dq + dn, dr * sizeof(real));
+    matmul_nt(p, keys, q_latent, R + dr, latent, rows, R + dr, keys, 0);
+    causal_softmax(p, rows, keys, pos + 1, H, attention_scale(c), NULL, 0);
+    matmul_nn(o_latent, R, p, keys, latent, rows, R, keys, 0);      // sum_j p_j c_j
+    for (size_t h = 0; h < H; h++)                                  // W_v of it
+        matmul_nt(heads + h * dv, H * dv, o_latent + h * R, H * R,
+                  matrix(kv_b_proj, 0, h * (dn + dv) + dn), queries, R, dv, 0);
+}
+
+// The same for n tokens of each of B sequences, from position pos on.
+static void attend_cached(const Config *c, State *s, LayerState *a, const Tensor *kv_b_proj,
+                          size_t B, size_t n, size_t stride, size_t pos) {
+    const size_t block = latent_rows(c) / (size_t)c->num_attention_heads;   // tokens at a time
+    const size_t blocks = (n + block - 1) / block;
+    const size_t row = (size_t)(c->kv_lora_rank + c->qk_rope_head_dim);
+    if (B * blocks == 1) {                  // all threads work on its products
+        attend_latent(c, s, a, kv_b_proj, a->latent, 0, n, pos);
+        return;
+    }
+    #pragma omp parallel for schedule(dynamic, 1)
+    for (size_t task = 0; task < B * blocks; task++) {
+        const size_t b = task / blocks, i0 = task % blocks * block;
+        attend_latent(c, s, a, kv_b_proj, a->latent + b * stride * row, b * n + i0,
+                      n - i0 < block ? n - i0 : block, pos + i0);
     }
 }
 
@@ -1635,10 +1870,10 @@ static void attention_forward(const Model *m, State *s, size_t l, size_t B, size
     if (pos == 0 && n > 1) {
         for (size_t b = 0; b < B; b++)      // sequence by sequence, for in the cache they have gaps
             matmul_nt(a->kv + b * n * H * dkv, H * dkv, a->latent + b * stride * (R + dr), R + dr,
-                      w->kv_b_proj.data, R, n, R, H * dkv, 0);
+                      matrix(&w->kv_b_proj, 0, 0), n, R, H * dkv, 0);
         attend_expanded(c, s, a, B, n, stride);
     } else {
-        attend_latent(c, s, a, &w->kv_b_proj, B, n, stride, pos);
+        attend_cached(c, s, a, &w->kv_b_proj, B, n, stride, pos);
     }
     linear(a->mid, a->heads, &w->o_proj, 0, &w->o_bias, T);
     for (size_t i = 0; i < T * d; i++) a->mid[i] += a->x[i];
@@ -1738,13 +1973,24 @@ static void route(const Config *c, Iteration *i, const Layer *w, size_t t, size_
     i->start[0] = 0;
 }
 
+// s->returned = expert e of the tokens that chose it, gathered into s->gathered; its rows of both.
+static void expert_forward(State *s, Iteration *i, const Layer *w, size_t e) {
+    const size_t d = w->experts_gate_proj.cols, f = w->experts_gate_proj.rows;
+    const size_t first = (size_t)i->start[e], n = (size_t)i->start[e + 1] - first;
+    for (size_t k = first; k < first + n; k++)
+        memcpy(s->gathered + k * d, i->x + (size_t)i->token[k] * d, d * sizeof(real));
+    if (n)
+        feed_forward(s->returned + first * d, i->g + first * f, i->u + first * f,
+                     s->act + first * f, s->gathered + first * d, &w->experts_gate_proj,
+                     &w->experts_up_proj, &w->experts_down_proj, e, n);
+}
+
 // i->ffn (T, d) = the feed-forward of layer l in iteration t, of i->x (T, d).
 // kept: what route() and feed_forward() keep
 static void ffn_forward(const Model *m, State *s, Iteration *i, size_t l, size_t t, size_t T) {
     const Config *c = &m->config;
     const Layer *w = &m->w.layer[l];
-    const size_t d = c->hidden_size, E = c->n_routed_experts, K = c->num_experts_per_tok,
-        f = c->moe_intermediate_size;
+    const size_t d = c->hidden_size, E = c->n_routed_experts, K = c->num_experts_per_tok;
     if (!is_moe(c, l)) {
         feed_forward(i->ffn, i->shared_g, i->shared_u, s->act, i->x, &w->dense_gate_proj,
                      &w->dense_up_proj, &w->dense_down_proj, 0, T);
@@ -1755,18 +2001,17 @@ static void ffn_forward(const Model *m, State *s, Iteration *i, size_t l, size_t
                      &w->shared_up_proj, &w->shared_down_proj, 0, T);
     else
         memset(i->ffn, 0, T * d * sizeof(real));
+    phase(ROUTER);
     route(c, i, w, t, T);
+    phase(EXPERTS);
     // With many tokens the threads take an expert each; with few they share the rows of one
-    // expert's matrices.
-    #pragma omp parallel for schedule(dynamic, 1) if (T >= 16)
-    for (size_t e = 0; e < E; e++) {
-        const size_t first = (size_t)i->start[e], n = (size_t)i->start[e + 1] - first;
-        if (!n) continue;
-        for (size_t k = first; k < first + n; k++)
-            memcpy(s->gathered + k * d, i->x + (size_t)i->token[k] * d, d * sizeof(real));
-        feed_forward(s->returned + first * d, i->g + first * f, i->u + first * f,
-                     s->act + first * f, s->gathered + first * d, &w->experts_gate_proj,
-                     &w->experts_up_proj, &w->experts_down_proj, e, n);
+    // expert's matrices. (No `if` on the pragma: a parallel region inside another, even one of a
+    // single thread, starts its threads anew each time.)
+    if (T >= 16) {
+        #pragma omp parallel for schedule(dynamic, 1)
+        for (size_t e = 0; e < E; e++) expert_forward(s, i, w, e);
+    } else {
+        for (size_t e = 0; e < E; e++) expert_forward(s, i, w, e);
     }
     #pragma omp parallel for if (worth_threads(T * K * d))
     for (size_t k = 0; k < T; k++)
@@ -1808,18 +2053,28 @@ static void chain_forward(const Model *m, State *s, size_t l, real *out, size_t 
 
 // Runs n tokens of each of B sequences, tokens (B, n), at positions pos .. pos + n - 1, and leaves
 // in s->final (B n, d) what lm_head sees. Training runs whole sequences with pos = 0; generating
-// has B = 1 and n = the prompt, then 1.
-static void forward(const Model *m, State *s, const int *tokens, size_t B, size_t n, size_t pos) {
+// has B = 1 and n = the prompt, then 1. Only the last `wanted` of all rows get into s->final, as
+// its first rows: nobody reads what the last layer's experts make of the others.
+static void forward(const Model *m, State *s, const int *tokens, size_t B, size_t n, size_t pos,
+                    size_t wanted) {
     const Config *c = &m->config;
     const size_t d = c->hidden_size, L = c->num_hidden_layers, T = B * n;
-    const real *embedding = at(m->w.embed_tokens, 0);
+    const Matrix embedding = matrix(m->w.embed_tokens, 0, 0);
+    phase(EMBEDDING);
     for (size_t t = 0; t < T; t++)
-        memcpy(s->layer[0].x + t * d, embedding + (size_t)tokens[t] * d, d * sizeof(real));
+        for (size_t i = 0; i < d; i++)
+            s->layer[0].x[t * d + i] = weight(embedding, (size_t)tokens[t], i);
     for (size_t l = 0; l < L; l++) {
+        const int last = l + 1 == L;
+        phase(ATTENTION);
         attention_forward(m, s, l, B, n, pos);
-        chain_forward(m, s, l, l + 1 < L ? s->layer[l + 1].x : s->out, T);
+        phase(EXPERTS);
+        if (last && wanted < T)
+            memmove(s->layer[l].mid, s->layer[l].mid + (T - wanted) * d, wanted * d * sizeof(real));
+        chain_forward(m, s, l, last ? s->out : s->layer[l + 1].x, last ? wanted : T);
     }
-    rmsnorm(s->final, d, s->inverse_out, s->out, d, m->w.norm, T, (real)c->rms_norm_eps);
+    phase(HEAD);
+    rmsnorm(s->final, d, s->inverse_out, s->out, d, m->w.norm, wanted, (real)c->rms_norm_eps);
 }
 
 // logits (rows, V) of the rows of s->final from `first` on.

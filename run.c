@@ -331,11 +331,14 @@ static void trace(const Run *r, size_t index, size_t n, size_t skip) {
 }
 
 // Runs n <= CHUNK tokens of the input, from number `index` on, at positions pos ... of the context.
-// The first `skip` of them have been run before, in another window.
-static void step(Run *r, size_t index, size_t n, size_t pos, size_t skip) {
+// The first `skip` of them have been run before, in another window. The last `wanted` leave their
+// rows in the state's `final`, with a trace all of them do. Returns the last such row.
+static size_t step(Run *r, size_t index, size_t n, size_t pos, size_t skip, size_t wanted) {
     if (interrupted) exit(INTERRUPTED);
-    forward(&r->model, &r->state, r->tokens + index, 1, n, pos);
+    if (trace_output.file) wanted = n;
+    forward(&r->model, &r->state, r->tokens + index, 1, n, pos, wanted);
     if (trace_output.file) trace(r, index, n, skip);
+    return wanted - 1;
 }
 
 // Ends the program because the logits of a token are not finite; names the tensor that is to blame.
@@ -345,25 +348,30 @@ static _Noreturn void not_finite(const Run *r, size_t index) {
     for (size_t i = 0; i < w->n_tensors; i++) {
         const Tensor *t = &w->tensor[i];
         for (size_t k = 0; k < tensor_size(t); k++) {
-            if (isfinite(t->data[k])) continue;
-            tensor_name(name, sizeof name, w, i, k / (t->rows * t->cols));
-            fail(FAILED, "%s: %s holds %g, must be finite", r->path, name, (double)t->data[k]);
+            const size_t e = k / (t->rows * t->cols), row = k / t->cols % t->rows;
+            const double x = (double)weight(matrix(t, e, row), 0, k % t->cols);
+            if (isfinite(x)) continue;
+            tensor_name(name, sizeof name, w, i, e);
+            fail(FAILED, "%s: %s holds %g, must be finite", r->path, name, x);
         }
     }
     fail(FAILED, "%s: the logits of token %zu are not finite, though all weights are: an overflow",
          r->path, index);
 }
 
-// r->logits of one row of the last step, which is token number `index`, and their hash (FNV-1a):
-// two builds or machines that print the same one computed the same, to the last bit.
+// r->logits of one row of the last step, which is token number `index`, and their hash (FNV-1a,
+// four bytes at a time): two builds or machines that print the same one computed the same, to the
+// last bit.
 static void last_logits(Run *r, size_t row, size_t index) {
     const size_t V = (size_t)r->model.config.vocab_size;
-    const unsigned char *bytes = (const unsigned char *)r->logits;
     logits_forward(&r->model, &r->state, r->logits, row, 1);
     r->hash = 0xCBF29CE484222325u;
-    for (size_t i = 0; i < V * sizeof(real); i++) r->hash = (r->hash ^ bytes[i]) * 0x100000001B3u;
-    for (size_t i = 0; i < V; i++)
+    for (size_t i = 0; i < V; i++) {
+        uint32_t bits;
+        memcpy(&bits, &r->logits[i], sizeof bits);
+        r->hash = (r->hash ^ bits) * 0x100000001B3u;
         if (!isfinite(r->logits[i])) not_finite(r, index);
+    }
 }
 
 // ---- [5] generate and chat ----------------------------------------------------------------------
@@ -436,8 +444,10 @@ static void make_room_to_write(Run *r, size_t needed) {
 
 // Runs the tokens from number `from` on, n in all, and leaves the logits of the last.
 static void read_on(Run *r, size_t from, size_t n) {
-    for (size_t pos = from; pos < n; pos += CHUNK) step(r, pos, min_size(n - pos, CHUNK), pos, 0);
-    last_logits(r, (n - from - 1) % CHUNK, n - 1);
+    size_t row = 0;
+    for (size_t pos = from; pos < n; pos += CHUNK)
+        row = step(r, pos, min_size(n - pos, CHUNK), pos, 0, 1);
+    last_logits(r, row, n - 1);
 }
 
 // Adds tokens to the n that have been run, and prints them, until there are `most` or EOS comes.
@@ -670,7 +680,7 @@ static void evaluate(Run *r) {
         for (size_t i = start; i < end; i += CHUNK) {
             const size_t rows = min_size(end - i, CHUNK);
             const size_t skip = scored > i ? min_size(scored - i, rows) : 0;
-            step(r, i, rows, i - start, skip);
+            step(r, i, rows, i - start, skip, rows);
             nats += score(r, i, rows, skip);
             if (skip < rows) progress(i + rows, n, nats / (double)(i + rows), 0);
         }
@@ -696,9 +706,10 @@ static int ascending(const void *a, const void *b) {
     return x < y ? -1 : x > y;
 }
 
-// The middle one of n numbers, which it sorts.
-static double median(double *x, size_t n) {
+// The middle one of n numbers, which it sorts, and how far apart they are as a part of that.
+static double median(double *x, size_t n, double *spread) {
     qsort(x, n, sizeof *x, ascending);
+    *spread = (x[n - 1] - x[0]) / x[n / 2];
     return x[n / 2];
 }
 
@@ -708,8 +719,8 @@ static size_t cache_bytes(const Config *c) {
 }
 
 // Operations, a product and its sum being 2, for n tokens at positions pos ... and the logits of
-// the last one: the matrices, and attention to all that each token sees, in one of the two forms of
-// [9] in coe.c.
+// the last one, which alone passes the last layer's experts: the matrices, and attention to all
+// that each token sees, in one of the two forms of [9] in coe.c.
 static double operations(const Model *m, double n, double pos) {
     const Config *c = &m->config;
     const double head = (double)(c->vocab_size * c->hidden_size);
@@ -718,31 +729,30 @@ static double operations(const Model *m, double n, double pos) {
     const double per_key = pos == 0 && n > 1
         ? (double)(c->qk_nope_head_dim + c->qk_rope_head_dim + c->v_head_dim)
         : (double)(c->kv_lora_rank + c->qk_rope_head_dim + c->kv_lora_rank);
-    size_t total, active;
-    count_parameters(m, &total, &active);
-    return 2 * (n * ((double)active - head) + head + keys * per_key * heads);
+    const Parameters p = count_parameters(m);
+    const double before = (double)p.active - head - (double)p.last_ffn;     // of the last row alone
+    return 2 * (n * before + (double)p.last_ffn + head + keys * per_key * heads);
 }
 
 // Seconds per token, on random ones: the first `prompt` at once; then, from `before` on, n one by
-// one. The median of 5 runs each.
+// one. The median of 5 runs each, and their spread.
 static void time_tokens(Run *r, size_t prompt, size_t before, size_t n,
-                        double *at_once, double *single) {
+                        double at_once[2], double single[2]) {
     double all[BENCH_REPEATS], each[BENCH_REPEATS];
+    step(r, 0, prompt, 0, 0, 1);        // the first run brings the weights into memory
     for (int k = 0; k < BENCH_REPEATS; k++) {
         double start = seconds();
-        step(r, 0, prompt, 0, 0);
-        logits_forward(&r->model, &r->state, r->logits, prompt - 1, 1);
+        logits_forward(&r->model, &r->state, r->logits, step(r, 0, prompt, 0, 0, 1), 1);
         all[k] = (seconds() - start) / (double)prompt;
-        if (before) step(r, 0, before, 0, 0);
+        if (before) step(r, 0, before, 0, 0, 1);
         start = seconds();
         for (size_t i = before; i < before + n; i++) {
-            step(r, i, 1, i, 0);
-            logits_forward(&r->model, &r->state, r->logits, 0, 1);
+            logits_forward(&r->model, &r->state, r->logits, step(r, i, 1, i, 0, 1), 1);
         }
         each[k] = (seconds() - start) / (double)n;
     }
-    *at_once = median(all, BENCH_REPEATS);
-    *single = median(each, BENCH_REPEATS);
+    at_once[0] = median(all, BENCH_REPEATS, &at_once[1]);
+    single[0] = median(each, BENCH_REPEATS, &single[1]);
 }
 
 // Speed, and what it means for the machine. A short context makes the runs shorter.
@@ -755,19 +765,21 @@ static void bench(Run *r) {
     r->tokens = allocate(prompt * sizeof(int), "the tokens");
     for (size_t i = 0; i < prompt; i++)
         r->tokens[i] = (int)(rng_next(&rng) % (uint64_t)m->config.vocab_size);
-    double prompt_s, token_s;           // seconds per token
-    time_tokens(r, prompt, before, n, &prompt_s, &token_s);
-    size_t total, active;
-    count_parameters(m, &total, &active);
+    double at_once[2], single[2];
+    time_tokens(r, prompt, before, n, at_once, single);
+    const double prompt_s = at_once[0], token_s = single[0];
     // A token reads every active parameter, and the cache up to where it is: on average the middle.
     const double middle = (double)before + (double)(n - 1) / 2;
     const double prompt_flop = operations(m, (double)prompt, 0);
-    const double bytes = (double)active * sizeof(real) + middle * (double)cache_bytes(&m->config);
+    const double bytes = (double)count_parameters(m).active_bytes +
+                         middle * (double)cache_bytes(&m->config);
     print_count("prefill_tokens", prompt);
     print_value("prefill_tok_s", 1 / prompt_s);
+    print_value("prefill_spread", at_once[1]);
     print_value("prefill_gflop_s", prompt_flop / (double)prompt / prompt_s * 1e-9);
     print_count("decode_tokens", n);
     print_value("decode_tok_s", 1 / token_s);
+    print_value("decode_spread", single[1]);
     print_value("decode_gflop_s", operations(m, 1, middle) / token_s * 1e-9);
     print_value("decode_gb_s", bytes / token_s * 1e-9);
     print_value("bytes_per_token", bytes);
@@ -783,7 +795,9 @@ static void info(const Run *r) {
         if (k->kind == NUM) print_value(k->name, f);
         else printf("%s %s\n", k->name, key_text(k, &m->config));
     }
-    printf("dtype f32\ntokenizer %s\n",
+    static const char *const type_names[] = { "f32", "bf16", "q8" };
+    printf("dtype %s\n", type_names[m->w.embed_tokens->type]);
+    printf("tokenizer %s\n",
            !m->tokenizer ? "none" : m->tokenizer->kind == BYTES ? "bytes" : "bpe");
     for (size_t i = 0; i < m->w.n_tensors; i++) {
         const Tensor *t = &m->w.tensor[i];
@@ -791,16 +805,15 @@ static void info(const Run *r) {
         for (size_t e = 0; e < t->copies; e++) {
             char name[128];
             tensor_name(name, sizeof name, &m->w, i, e);
-            if (vector) printf("%s %zu f32\n", name, t->cols);
-            else printf("%s %zux%zu f32\n", name, t->rows, t->cols);
+            if (!vector) printf("%s %zux%zu %s\n", name, t->rows, t->cols, type_names[t->type]);
+            else printf("%s %zu f32\n", name, t->cols);
         }
     }
-    size_t total, active;
-    count_parameters(m, &total, &active);
-    print_count("total_parameters", total);
-    print_count("active_parameters", active);
-    print_count("bytes", total * sizeof(real));
-    print_count("flops_per_token", 2 * active);     // without attention to the past, which grows
+    const Parameters p = count_parameters(m);
+    print_count("total_parameters", p.total);
+    print_count("active_parameters", p.active);
+    print_count("bytes", p.bytes);
+    print_count("flops_per_token", 2 * p.active);   // without attention to the past, which grows
     print_count("cache_bytes_per_token", cache_bytes(&m->config));
 }
 

@@ -69,6 +69,8 @@
       "where checkpoints go; with --resume that file")                                             \
     X(TEXT, log,               "log",              0,       0, 0,          "",         "",         \
       "TSV with a line for each step")                                                             \
+    X(FLAG, profile,           "profile",          0,       0, 1,          "",         "false",    \
+      "at the end, print what the time went into")                                                 \
     X(WORD, model,             "model",            0,       0, 2,          PRESETS,    "demo",     \
       "preset for all settings")                                                                   \
     X(INT,  eval_steps,        "eval_steps",       0,       0, 1e12,       "",         "250",      \
@@ -625,7 +627,7 @@ static void rmsnorm_backward(real *dx, size_t lddx, const Tensor *dw, const real
 // NULL.
 static void linear_backward(real *dx, const Tensor *dw, const Tensor *db, const real *dy,
                             const real *x, const Tensor *w, size_t e, size_t n, int add) {
-    if (dx) matmul_nn(dx, w->cols, dy, w->rows, at(w, e), w->cols, n, w->cols, w->rows, add);
+    if (dx) matmul_nn(dx, w->cols, dy, w->rows, matrix(w, e, 0), n, w->cols, w->rows, add);
     matmul_tn(at(dw, e), w->cols, dy, w->rows, x, w->cols, n, w->cols, w->rows, 1);
     if (db && db->data) add_rows(db->data, dy, w->rows, NULL, 0, NULL, n, w->rows);
 }
@@ -754,7 +756,7 @@ static void attend_backward(const Config *c, State *s, const LayerState *a, Grad
             const real *d_o = g->dheads + (first * H + h) * dv;
             real *dq_h = g->dq + (first * H + h) * dq;
             scores_of(p, q, H * dq, kv, H * dkv, k_rot, R + dr, rows, keys, dn, dr);
-            matmul_nt(ds, keys, d_o, H * dv, kv + dn, H * dkv, rows, dv, keys, 0);
+            matmul_nt(ds, keys, d_o, H * dv, plain(kv + dn, H * dkv), rows, dv, keys, 0);
             for (size_t i = 0; i < rows; i++) {
                 const real log_sum = a->log_sum[(first + i) * H + h];
                 const real along = dot(d_o + i * H * dv, o + i * H * dv, dv);
@@ -768,8 +770,8 @@ static void attend_backward(const Config *c, State *s, const LayerState *a, Grad
                 memset(dsi + seen, 0, (keys - seen) * sizeof(real));
             }
             matmul_tn(dkv_h + dn, H * dkv, p, keys, d_o, H * dv, rows, dv, keys, 1);
-            matmul_nn(dq_h, H * dq, ds, keys, kv, H * dkv, rows, dn, keys, 0);
-            matmul_nn(dq_h + dn, H * dq, ds, keys, k_rot, R + dr, rows, dr, keys, 0);
+            matmul_nn(dq_h, H * dq, ds, keys, plain(kv, H * dkv), rows, dn, keys, 0);
+            matmul_nn(dq_h + dn, H * dq, ds, keys, plain(k_rot, R + dr), rows, dr, keys, 0);
             matmul_tn(dkv_h, H * dkv, ds, keys, q, H * dq, rows, dn, keys, 1);
             matmul_tn(dk_rot, H * dr, ds, keys, q + dn, H * dq, rows, dr, keys, 1);
         }
@@ -791,7 +793,7 @@ static void attention_backward(const Model *m, const Weights *dw, State *s, Grad
     linear_backward(g->dheads, &dl->o_proj, &dl->o_bias, g->dmid, a->heads, &w->o_proj, 0, T, 0);
     attend_backward(c, s, a, g, B, n);
     // kv = kv_b_proj c, whose rows lie in the latent at stride R + dr
-    matmul_nn(g->dlatent, R, g->dkv, H * dkv, w->kv_b_proj.data, R, T, R, H * dkv, 0);
+    matmul_nn(g->dlatent, R, g->dkv, H * dkv, matrix(&w->kv_b_proj, 0, 0), T, R, H * dkv, 0);
     matmul_tn(dl->kv_b_proj.data, R, g->dkv, H * dkv, a->latent, R + dr, T, R, H * dkv, 1);
     #pragma omp parallel for if (worth_threads(T * H * dr))
     for (size_t t = 0; t < T; t++) {        // a rotation's transpose is the rotation back
@@ -854,7 +856,7 @@ static void feed_forward_backward(real *dx, real *dweight, const Tensor *dw[3], 
                                   const real *weight, const real *gate, const real *up,
                                   const Tensor *w[3], size_t e, size_t n, int add) {
     const size_t f = w[0]->rows, d = w[0]->cols;
-    matmul_nn(dact, f, dy, d, at(w[2], e), f, n, f, d, 0);
+    matmul_nn(dact, f, dy, d, matrix(w[2], e, 0), n, f, d, 0);
     #pragma omp parallel for if (worth_threads(n * f))
     for (size_t t = 0; t < n; t++) {
         const real k = weight ? weight[t] : 1;
@@ -904,6 +906,7 @@ static double route_backward(const Config *c, Gradients *g, real *dx, const Iter
                              const Layer *w, const Layer *dl, size_t t, size_t B, size_t n,
                              double share) {
     const size_t T = B * n, d = c->hidden_size, E = c->n_routed_experts, K = c->num_experts_per_tok;
+    phase(BACKWARD + ROUTER);
     const double loss = balance(g->dscore, c, i, B, n, share);
     const int normalised = c->norm_topk_prob && K > 1;
     const real factor = (real)c->routed_scaling_factor;
@@ -924,8 +927,9 @@ static double route_backward(const Config *c, Gradients *g, real *dx, const Iter
         softmax_backward(dscore, score, E);
     }
     const size_t router = c->use_igate ? t : 0;
-    matmul_nn(dx, d, g->dscore, E, at(&w->gate, router), d, T, d, E, 1);
+    matmul_nn(dx, d, g->dscore, E, matrix(&w->gate, router, 0), T, d, E, 1);
     matmul_tn(at(&dl->gate, router), d, g->dscore, E, i->x, d, T, d, E, 1);
+    phase(BACKWARD + EXPERTS);
     return loss;
 }
 
@@ -1023,6 +1027,7 @@ static double loss_of(const Model *m, const Weights *dw, State *s, Gradients *g,
     for (size_t first = 0; first < T; first += g->loss_rows) {
         const size_t rows = T - first < g->loss_rows ? T - first : g->loss_rows;
         double row_loss[rows];
+        phase(HEAD);
         logits_forward(m, s, g->logits, first, rows);
         #pragma omp parallel for if (worth_threads(rows * V))
         for (size_t t = 0; t < rows; t++) {
@@ -1032,6 +1037,7 @@ static double loss_of(const Model *m, const Weights *dw, State *s, Gradients *g,
             for (size_t i = 0; dw && i < V; i++) z[i] *= (real)scale;
         }
         for (size_t t = 0; t < rows; t++) total += row_loss[t];
+        phase(BACKWARD + HEAD);
         if (dw)
             linear_backward(g->dnorm + first * d, dw->lm_head, NULL, g->logits,
                             s->final + first * d, m->w.lm_head, 0, rows, 0);
@@ -1048,13 +1054,16 @@ static Loss backward(const Model *m, const Weights *dw, State *s, Gradients *g, 
     const Config *c = &m->config;
     const size_t d = c->hidden_size, T = B * n;
     Loss loss = { 0, 0 };
-    forward(m, s, tokens, B, n, 0);
+    forward(m, s, tokens, B, n, 0, T);
     loss.loss = loss_of(m, dw, s, g, targets, T, scale);
     rmsnorm_backward(g->dx, d, dw->norm, g->dnorm, d, s->inverse_out, s->out, d, m->w.norm, T, 0);
     for (size_t l = (size_t)c->num_hidden_layers; l-- > 0; ) {
+        phase(BACKWARD + EXPERTS);
         loss.aux += chain_backward(m, dw, s, g, l, B, n, share);
+        phase(BACKWARD + ATTENTION);
         attention_backward(m, dw, s, g, l, B, n);
     }
+    phase(BACKWARD + EMBEDDING);
     for (size_t t = 0; t < T; t++) {        // embedding rows were copied: their gradients add up
         real *row = at(dw->embed_tokens, 0) + (size_t)tokens[t] * d;
         for (size_t i = 0; i < d; i++) row[i] += g->dx[t * d + i];
@@ -1102,8 +1111,9 @@ static double learning_rate(const Recipe *r, int64_t step) {
 // step counts from 0:
 //     m = b1 m + (1 - b1) g     v = b2 v + (1 - b2) g^2
 //     w = w - lr weight_decay w - lr m / (1 - b1^(step+1)) / (sqrt(v / (1 - b2^(step+1))) + eps)
-static void adamw(real *w, real *m, real *v, const real *g, size_t n, const Recipe *r, int64_t step,
-                  double clip) {
+// It leaves 0 in g, where the next step adds up its gradients: g is in the cache here.
+static void adamw(real *restrict w, real *restrict m, real *restrict v, real *restrict g, size_t n,
+                  const Recipe *r, int64_t step, double clip) {
     const double correction1 = 1 - pow(r->adam_beta1, (double)step + 1);
     const double correction2 = 1 - pow(r->adam_beta2, (double)step + 1);
     const double rate = learning_rate(r, step);
@@ -1119,6 +1129,7 @@ static void adamw(real *w, real *m, real *v, const real *g, size_t n, const Reci
             m[i] = b1 * m[i] + c1 * gi;
             v[i] = b2 * v[i] + c2 * gi * gi;
             w[i] = keep * w[i] - size * m[i] / ((real)sqrt(v[i]) * root + eps);
+            g[i] = 0;
         }
 }
 
@@ -1269,7 +1280,7 @@ static double validate(Run *run) {
     double total = 0;
     if (val->n < 2) return NAN;
     if (n == 0) {
-        forward(m, s, val->tokens, 1, val->n - 1, 0);
+        forward(m, s, val->tokens, 1, val->n - 1, 0, val->n - 1);
         return loss_of(m, NULL, s, &run->g, val->tokens + 1, val->n - 1,
                        1.0 / (double)(val->n - 1));
     }
@@ -1279,7 +1290,7 @@ static double validate(Run *run) {
         const size_t B = n - i < step ? n - i : step;
         memcpy(inputs, val->tokens + i * L, B * L * sizeof(int));
         memcpy(targets, val->tokens + i * L + 1, B * L * sizeof(int));
-        forward(m, s, inputs, B, L, 0);
+        forward(m, s, inputs, B, L, 0, B * L);
         total += loss_of(m, NULL, s, &run->g, targets, B * L, 1);
     }
     release(inputs);
@@ -1297,16 +1308,16 @@ static void complete(const Model *m, State *s, Sampler *sampler, const int *prom
     real *logits = allocate(V * sizeof(real), "logits");
     Candidate *candidate = allocate(V * sizeof(Candidate), "candidates");
     size_t length = 0, bytes;
-    forward(m, s, prompt, 1, n, 0);
+    forward(m, s, prompt, 1, n, 0, 1);
     for (size_t i = 0; i < most; i++) {
-        logits_forward(m, s, logits, i ? 0 : n - 1, 1);
+        logits_forward(m, s, logits, 0, 1);
         int token = sample(sampler, logits, candidate, NULL, V);
         if (token == m->config.eos_token_id) break;
         const char *from = decode(m->tokenizer, token, &bytes);
         if (length + bytes >= ANSWER_BYTES) break;
         memcpy(text + length, from, bytes);
         length += bytes;
-        if (i + 1 < most) forward(m, s, &token, 1, 1, n + i);
+        if (i + 1 < most) forward(m, s, &token, 1, 1, n + i, 1);
     }
     text[length] = 0;
     release(logits);
@@ -1430,15 +1441,13 @@ static void show_progress(const Run *run, double loss, double rate, double token
             loss, rate, tokens_per_s, left, terminal && !last ? "  " : "\n");
 }
 
-// One step: gradients of the batch in micro-batches, clipping, AdamW. Returns the losses; *norm is
-// the gradient's before clipping. Ends the program where one of them is not finite.
-static Loss train_step(Run *run, double *norm) {
+// Adds the gradient of one batch, the one at run->step, to run->grad. Returns its losses.
+static Loss batch_gradient(Run *run) {
     const Recipe *r = &run->recipe;
     const size_t B = (size_t)r->batch_size, L = (size_t)r->max_length,
-        at_once = run->state.rows / L, size = run->model.w.size;
+        at_once = run->state.rows / L;
     Loss loss = { 0, 0 };
     next_batch(&run->data, (uint64_t)run->step, run->inputs, run->targets, run->window);
-    memset(run->grad, 0, size * sizeof(real));
     for (size_t b = 0; b < B; b += at_once) {
         const size_t n = B - b < at_once ? B - b : at_once;
         Loss part = backward(&run->model, &run->dw, &run->state, &run->g, run->inputs + b * L,
@@ -1447,6 +1456,18 @@ static Loss train_step(Run *run, double *norm) {
         loss.loss += part.loss;
         loss.aux += part.aux;
     }
+    return loss;
+}
+
+
+// One step: gradients of the batch in micro-batches, clipping, AdamW. Returns the losses; *norm is
+// the gradient's before clipping. Ends the program where one of them is not finite.
+static Loss train_step(Run *run, double *norm) {
+    const Recipe *r = &run->recipe;
+    const size_t size = run->model.w.size;
+    phase(REST);
+    const Loss loss = batch_gradient(run);
+    phase(REST);
     *norm = gradient_norm(run->grad, size);
     if (!isfinite(loss.loss) || !isfinite(*norm))
         fail(FAILED, "step %lld: the loss is %g and the gradient's norm %g, must be finite; %s%s",
@@ -1455,7 +1476,9 @@ static Loss train_step(Run *run, double *norm) {
              run->saved ? run->job.output : "");
     const int too_long = r->max_grad_norm > 0 && *norm > r->max_grad_norm;
     const double clip = too_long ? r->max_grad_norm / (*norm + 1e-6) : 1;
+    phase(ADAMW);
     adamw(run->model.weights, run->m, run->v, run->grad, size, r, run->step, clip);
+    phase(IDLE);
     run->step++;
     return loss;
 }
@@ -1479,18 +1502,39 @@ static void log_number(FILE *log, double x) {
     fprintf(log, "\t%s", isnan(x) ? "" : decimal(text, x));
 }
 
+// What --profile prints, on stderr: seconds a step and share of each phase, over `steps` steps.
+static void print_profile(int64_t steps) {
+    static const char *const names[] = { "embedding", "attention", "router", "experts", "head" };
+    double all = 0;
+    for (int p = 0; p < IDLE; p++) all += phase_seconds[p];
+    fprintf(stderr, "profile of %lld step%s %14s %7s\n", (long long)steps, steps == 1 ? "" : "s",
+            "s a step", "%");
+    for (int p = 0; p <= IDLE; p++) {
+        const double s = p < IDLE ? phase_seconds[p] : all;
+        fprintf(stderr, "%-12s%-12s %10.6f %7.2f\n",
+                p < ADAMW ? names[p % BACKWARD] : p == ADAMW ? "AdamW" : p == REST ? "rest" : "all",
+                p < BACKWARD ? "forward" : p < ADAMW ? "backward" : "",
+                s / (double)steps, 100 * s / all);
+    }
+}
+
 // Trains from run->step to max_steps, with reports and checkpoints on the way. Returns the exit
 // code.
 static int train(Run *run) {
     const Recipe *r = &run->recipe;
     const Job *job = &run->job;
     FILE *log = *job->log ? open_log(job->log, run->step) : NULL;
-    const int finished = run->step >= r->max_steps;
+    const int64_t first = run->step;
+    const int finished = first >= r->max_steps;
+    int64_t profiled = 0;
     while (run->step < r->max_steps && !interrupted) {
         const int64_t s = run->step, last = r->max_steps - 1;
         const double start = seconds(), rate = learning_rate(r, s);
         double norm;
+        profiling = job->profile && (s > first || s == last);   // the first step also gets memory
         Loss loss = train_step(run, &norm);
+        profiled += profiling;
+        profiling = 0;
         const double tokens_per_s = (double)(r->batch_size * r->max_length) / (seconds() - start);
         const int measured = due(job->eval_steps, s, last);
         show_progress(run, loss.loss, rate, tokens_per_s, measured);
@@ -1506,6 +1550,7 @@ static int train(Run *run) {
             fputc('\n', log);
             if (fflush(log)) fail(FAILED, "%s: cannot be written: %s", job->log, strerror(errno));
         }
+        if (profiled && (s == last || interrupted)) print_profile(profiled);
         if (due(job->save_steps, s, last) || interrupted) save_checkpoint(run);
     }
     if (log) fclose(log);
@@ -1683,7 +1728,7 @@ static void show_documents(const Run *run, const Stream *s, int64_t n, int held_
     }
 }
 
-// A model with new weights, as the options describe it; its context is at least a window long.
+// A new model, as the options describe it, still without weights; its context is at least a window long.
 static void fresh_model(Run *run, const Options *tables) {
     Model *m = &run->model;
     Config *c = &m->config;
@@ -1694,10 +1739,7 @@ static void fresh_model(Run *run, const Options *tables) {
     if (*run->job.tokenizer) take_tokenizer(run, tables, 1);
     else choose_tokenizer(run, tables);
     config_check(c, "options", WRONG_USAGE);
-    m->w = weights_layout(c, 0);
-    m->weights = allocate(product(m->w.size, sizeof(real)), "the weights");
-    weights_bind(&m->w, m->weights);
-    weights_init(m, (uint64_t)run->recipe.seed);
+    m->w = weights_layout(c, 0, F32);           // make_room() gives them memory and values
 }
 
 // Ends the program unless the data is what the checkpoint of --resume was trained on.
@@ -1733,15 +1775,43 @@ static void prepare(Run *run, const Options *tables) {
     if (*job->resume) check_resumed_data(run, &resumed);
 }
 
-// Memory for gradients, moments and activations, and the place in the data that belongs to
-// run->step.
+// Prints what training will take, by kind, with `rows` tokens at once. Fails if the machine has
+// less: it would go on, but on its disk.
+static void check_memory(const Run *run, size_t rows) {
+    const Config *c = &run->model.config;
+    const size_t L = (size_t)run->recipe.max_length;
+    const double numbers = 1e-6 * sizeof(real) * (double)run->model.w.size;
+    State s = { .rows = rows, .context = L, .keep = 1 };
+    Gradients g = { 0 };
+    Arena kept = { 0 }, other = { 0 };
+    state_layout(&s, c, &kept);
+    gradients_layout(&g, c, rows, L, &other);
+    const double activations = 1e-6 * ((double)kept.used + (double)other.used);
+    fprintf(stderr, "memory: weights %.1f MB, gradients %.1f MB, moments %.1f MB, "
+            "activations %.1f MB\n", numbers, numbers, 2 * numbers, activations);
+#ifdef _SC_PHYS_PAGES
+    const double there = 1e-6 * (double)sysconf(_SC_PHYS_PAGES) * (double)sysconf(_SC_PAGESIZE);
+    if (4 * numbers + activations > there)
+        fail(FAILED, "training takes %.1f MB of memory, this machine has %.1f MB: a smaller model, "
+             "--micro_batch_size or --max_length takes less", 4 * numbers + activations, there);
+#endif
+}
+
+// Memory for everything that training needs, the weights of a new model among it, and the place in
+// the data that belongs to run->step.
 static void make_room(Run *run) {
-    const Model *m = &run->model;
+    Model *m = &run->model;
     Recipe *r = &run->recipe;
     const size_t B = (size_t)r->batch_size, L = (size_t)r->max_length;
     const int in_parts = r->micro_batch_size && r->micro_batch_size < r->batch_size;
     const size_t at_once = in_parts ? (size_t)r->micro_batch_size : B;
-    run->dw = weights_layout(&m->config, m->coe_weights);
+    check_memory(run, product(at_once, L));
+    if (!m->weights) {
+        m->weights = allocate(product(m->w.size, sizeof(real)), "the weights");
+        weights_bind(&m->w, m->weights);
+        weights_init(m, (uint64_t)r->seed);
+    }
+    run->dw = weights_layout(&m->config, m->coe_weights, F32);
     run->grad = allocate(product(m->w.size, sizeof(real)), "the gradients");
     weights_bind(&run->dw, run->grad);
     if (!run->m) run->m = allocate(product(m->w.size, sizeof(real)), "AdamW's first moments");
@@ -1751,11 +1821,6 @@ static void make_room(Run *run) {
     run->inputs = allocate(product(B * L, sizeof(int)), "a batch");
     run->targets = allocate(product(B * L, sizeof(int)), "a batch");
     run->window = allocate((L + 1) * sizeof(int), "a window");
-    const double numbers = (double)m->w.size;
-    const double activations = (double)(run->state.memory_bytes + run->g.memory_bytes);
-    fprintf(stderr, "memory: weights %.1f MB, gradients %.1f MB, moments %.1f MB, "
-            "activations %.1f MB\n",
-            4e-6 * numbers, 4e-6 * numbers, 8e-6 * numbers, 1e-6 * activations);
     for (int64_t i = 0; run->data.built_in && i < run->step * r->batch_size; i++)
         next_made_window(&run->data, run->window);
 }

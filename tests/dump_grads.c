@@ -13,7 +13,7 @@ int main(int argc, char **argv) {
     Stream targets = { .tokens = s.tokens + 1, .n = s.n - 1 };
     if (argc == 7) targets = read_stream(&m, argv[6]);
     if (s.n < B * L || targets.n < B * L) fail(FAILED, "%s: holds %zu tokens, too few for %zu x %zu", argv[2], s.n, B, L);
-    Weights dw = weights_layout(&m.config, m.coe_weights);
+    Weights dw = weights_layout(&m.config, m.coe_weights, F32);
     real *grad = allocate(m.w.size * sizeof(real), "gradients");
     weights_bind(&dw, grad);
     State state = state_new(&m.config, B * L, L, 1);

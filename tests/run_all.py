@@ -5,7 +5,8 @@
 
 The last line is "N passed, N failed, N skipped". Python's standard library and a C compiler are
 enough; what more is there is used: pip, to set up numpy and safetensors for the tests of export.py
-in build/venv, and PyTorch, to compare everything with an independent implementation. The Makefile
+in build/venv, PyTorch, to compare everything with an independent implementation, matplotlib, and
+a Chromium, in which the page of experiments/viewer.py is tried. The Makefile
 hands over how it compiles; without it these are the same commands with their defaults.
 """
 import glob
@@ -83,6 +84,7 @@ def builds():
     yield "run-plain", f"{CC} -O3", "run.c"             # as the README says
     yield "train-plain", PLAIN, "train.c"
     yield "dump_grads", BUILD, "tests/dump_grads.c"
+    yield "bench", BUILD, "tests/bench.c"
     for source in ("test_ops", "test_model", "test_grad"):
         yield source, BUILD, f"tests/{source}.c"
     for source in ("test_ops", "test_model"):
@@ -194,8 +196,11 @@ def main():
             report("sanitizers", 0, 0, 2, text=f"not with this compiler: {SANITIZE}")
         for name, *args in (("test_train", "./train", "build/train-plain"), ("test_run", "./run"),
                             ("test_golden", "./train", "build/dump_grads"),
-                            ("test_task", "./train")):
+                            ("test_task", "./train"),
+                            ("test_bench", "./train", "./run", "build/bench")):
             groups.append((name + ".py", [sys.executable, f"tests/{name}.py", *args]))
+        groups.append(("test_experiments.py", [python_with("matplotlib") or sys.executable,
+                                               "tests/test_experiments.py", "./train", "./run"]))
         list(pool.map(run_tests, [*python_groups(), *groups]))
     print(f"{time.monotonic() - start:.0f} s")
     print("{passed} passed, {failed} failed, {skipped} skipped".format(**total))

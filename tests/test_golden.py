@@ -124,6 +124,17 @@ def test_steps(name, config, golden, reference, here):
     return worst, far
 
 
+def test_narrow(name, here):
+    """Training from bf16 and q8 starts from the numbers that these stand for."""
+    for dtype in ("bf16", "q8"):
+        for decoded in (False, True):
+            write_golden(name, here("model.bin"), dtype=dtype, decoded=decoded)
+            call(TRAIN, "--init", here("model.bin"), "-d", here("stream"), "--sequential", "-b", 2,
+                 "-l", 24, "-x", 1, "-o", here(f"{decoded}.bin"))
+        with open(here("True.bin"), "rb") as a, open(here("False.bin"), "rb") as b:
+            check(f"{name}: a step from {dtype}", a.read() == b.read())
+
+
 def main():
     print("relative deviations from the reference: gradients, logs of 12 steps, weights after them")
     with tempfile.TemporaryDirectory() as folder:
@@ -138,6 +149,7 @@ def main():
             grads = test_gradients(name, config, golden, reference, here)
             steps, after = test_steps(name, config, golden, reference, here)
             print(f"  {name:24} {grads:.1e} {steps:.1e} {after:.1e}")
+            test_narrow(name, here)
     print(f"{test_run.passed} passed, {test_run.failed} failed")
     sys.exit(test_run.failed > 0)
 

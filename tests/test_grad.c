@@ -42,8 +42,8 @@ static Problem problem_new(int i) {
     const size_t rows = SEQUENCES * p.length;
     Config *c = &p.m.config;
     p.m.coe_weights = c->inner_iter > 1 && i % 4 == 2;
-    p.m.w = weights_layout(c, p.m.coe_weights);
-    p.dw = weights_layout(c, p.m.coe_weights);
+    p.m.w = weights_layout(c, p.m.coe_weights, F32);
+    p.dw = weights_layout(c, p.m.coe_weights, F32);
     p.m.weights = allocate(p.m.w.size * sizeof(real), "weights");
     p.grad = allocate(p.m.w.size * sizeof(real), "gradients");
     weights_bind(&p.m.w, p.m.weights);
@@ -100,7 +100,7 @@ int main(void) {
     program = "test_grad";
     for (int i = 0; i < 36; i++) {
         Problem p = problem_new(i);
-        Weights scratch = weights_layout(&p.m.config, p.m.coe_weights);
+        Weights scratch = weights_layout(&p.m.config, p.m.coe_weights, F32);
         real *block = allocate(p.m.w.size * sizeof(real), "scratch"), *u = allocate(p.m.w.size * sizeof(real), "direction");
         real *saved = allocate(p.m.w.size * sizeof(real), "saved");
         weights_bind(&scratch, block);

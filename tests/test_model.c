@@ -95,7 +95,7 @@ static Config random_config(int i, int wide) {
 static Model random_model(int i, int wide) {
     Model m = { .config = random_config(i, wide) };
     m.coe_weights = m.config.inner_iter > 1 && i % 4 == 0;
-    m.w = weights_layout(&m.config, m.coe_weights);
+    m.w = weights_layout(&m.config, m.coe_weights, F32);
     m.weights = allocate(m.w.size * sizeof(real), "the weights");
     weights_bind(&m.w, m.weights);
     for (size_t k = 0; k < m.w.n_tensors; k++) {
@@ -275,7 +275,7 @@ static void run_pieces(const Model *m, State *s, const int *tokens, size_t n, si
     for (size_t left = pieces, pos = 0, rows; left > 0; left--, pos += rows) {
         const size_t most = n - pos - left + 1;         // every piece has a token
         rows = left == 1 || pieces == n ? most : (size_t)pick(1, (int64_t)most);
-        forward(m, s, tokens + pos, 1, rows, pos);
+        forward(m, s, tokens + pos, 1, rows, pos, rows);
         logits_forward(m, s, logits + pos * V, 0, rows);
         for (size_t l = 0; l < (size_t)c->num_hidden_layers; l++)
             for (size_t t = 0; is_moe(c, l) && t < C; t++)
@@ -337,7 +337,7 @@ static void compare_gradients(const Weights *a, const Weights *b, const char *wh
 
 // Weights laid out like the model's, with memory of their own.
 static Weights gradients_of(const Model *m) {
-    Weights w = weights_layout(&m->config, m->coe_weights);
+    Weights w = weights_layout(&m->config, m->coe_weights, F32);
     weights_bind(&w, allocate(m->w.size * sizeof(real), "gradients"));
     return w;
 }
@@ -382,12 +382,13 @@ static Run one_step(const Model *m, const int *tokens, size_t B, size_t n, int64
     run.recipe.sequential = 1;
     run.model.weights = allocate(m->w.size * sizeof(real), "weights");
     memcpy(run.model.weights, m->weights, m->w.size * sizeof(real));
-    run.model.w = weights_layout(&m->config, m->coe_weights);
+    run.model.w = weights_layout(&m->config, m->coe_weights, F32);
     weights_bind(&run.model.w, run.model.weights);
     make_room(&run);
     run.data =
         (Data){ .recipe = &run.recipe, .train = { .tokens = (int *)tokens, .n = B * n + 1 } };
-    *loss = train_step(&run, norm);
+    *loss = batch_gradient(&run);
+    *norm = gradient_norm(run.grad, run.model.w.size);
     return run;
 }
 
@@ -425,7 +426,7 @@ static void test_micro_batches(int i) {
 
 static void test_adamw(void) {
     enum { N = (1 << 14) + 77, STEPS = 6 };
-    static real w[N], m[N], v[N], g[N];
+    static real w[N], m[N], v[N], g[N], used[N];
     static double exact_w[N], exact_m[N], exact_v[N];
     for (int kind = 0; kind < 3; kind++) {
         Recipe r;
@@ -450,9 +451,10 @@ static void test_adamw(void) {
         double worst = 0;
         for (int step = 0; step < STEPS; step++) {
             const double rate = 0.01 * fmin(1, (step + 1) / 3.0);
-            for (size_t i = 0; i < N; i++) g[i] = (real)rng_normal(&rng);
-            adamw(w, m, v, g, N, &r, step, clip);
+            for (size_t i = 0; i < N; i++) used[i] = g[i] = (real)rng_normal(&rng);
+            adamw(w, m, v, used, N, &r, step, clip);
             for (size_t i = 0; i < N; i++) {
+                if (used[i] != 0) worst = INFINITY;     // the next gradient starts from there
                 const double gi = (double)g[i] * clip;
                 exact_m[i] = r.adam_beta1 * exact_m[i] + (1 - r.adam_beta1) * gi;
                 exact_v[i] = r.adam_beta2 * exact_v[i] + (1 - r.adam_beta2) * gi * gi;
@@ -511,8 +513,8 @@ static char *work(const Model *m, const int *tokens, int threads, size_t *bytes)
     char *result = allocate(*bytes, "the result"), *to = result;
     real *logits = allocate(V * sizeof(real), "logits");
     for (size_t i = 0; i <= GENERATED; i++) {
-        forward(m, &s, tokens + (i ? n + i - 1 : 0), 1, i ? 1 : n, i ? n + i - 1 : 0);
-        logits_forward(m, &s, logits, i ? 0 : n - 1, 1);
+        forward(m, &s, tokens + (i ? n + i - 1 : 0), 1, i ? 1 : n, i ? n + i - 1 : 0, 1);
+        logits_forward(m, &s, logits, 0, 1);
         memcpy(to, logits, V * sizeof(real));
         to += V * sizeof(real);
     }

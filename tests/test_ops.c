@@ -113,10 +113,10 @@ static void test_random(void) {
 // A matrix of exactly the memory it needs: the last row has no gap behind it, so the address
 // sanitizer sees what goes beyond. Other gaps hold NaN: who reads there spoils the result, who
 // writes there is found.
-typedef struct { real *x; size_t rows, cols, ld; } Matrix;
+typedef struct { real *x; size_t rows, cols, ld; } Block;
 
-static Matrix matrix(size_t rows, size_t cols, size_t gap) {
-    Matrix m = { malloc(((rows - 1) * (cols + gap) + cols) * sizeof(real)), rows, cols,
+static Block block(size_t rows, size_t cols, size_t gap) {
+    Block m = { malloc(((rows - 1) * (cols + gap) + cols) * sizeof(real)), rows, cols,
                  cols + gap };
     for (size_t i = 0; i < (rows - 1) * m.ld + cols; i++)
         m.x[i] = i % m.ld < cols ? (real)rng_normal(&rng) : (real)NAN;
@@ -126,7 +126,7 @@ static Matrix matrix(size_t rows, size_t cols, size_t gap) {
 // Compares c with c0 + a b (c0 only with `add`), where a is read at a[i * ai + k * ak] and b at b[k
 // * bk + j * bj]. A sum of K products in any order is within (K + 1) eps / 2 times the sum of their
 // sizes; twice that allows for a long double that is no longer than a double.
-static double worst_error(Matrix c, const real *c0, const real *a, size_t ai, size_t ak,
+static double worst_error(Block c, const real *c0, const real *a, size_t ai, size_t ak,
                           const real *b, size_t bk, size_t bj, size_t K, int add) {
     double worst = 0;
     for (size_t i = 0; i < c.rows; i++) {
@@ -149,19 +149,19 @@ static double worst_error(Matrix c, const real *c0, const real *a, size_t ai, si
 
 // The three forms, with matrices of these sizes: x (n, in), w (out, in), y (n, out).
 static void test_products(size_t n, size_t in, size_t out, size_t gap, int add) {
-    Matrix x = matrix(n, in, gap), w = matrix(out, in, gap ? gap + 1 : 0),
-           y = matrix(n, out, gap ? gap + 2 : 0);
+    Block x = block(n, in, gap), w = block(out, in, gap ? gap + 1 : 0),
+           y = block(n, out, gap ? gap + 2 : 0);
     for (int form = 0; form < 3; form++) {
-        Matrix *c = form == 0 ? &y : form == 1 ? &x : &w;
+        Block *c = form == 0 ? &y : form == 1 ? &x : &w;
         const size_t bytes = ((c->rows - 1) * c->ld + c->cols) * sizeof(real);
         real *before = malloc(bytes);
         memcpy(before, c->x, bytes);
         double worst;
         if (form == 0) {
-            matmul_nt(y.x, y.ld, x.x, x.ld, w.x, w.ld, n, in, out, add);
+            matmul_nt(y.x, y.ld, x.x, x.ld, plain(w.x, w.ld), n, in, out, add);
             worst = worst_error(y, before, x.x, x.ld, 1, w.x, 1, w.ld, in, add);
         } else if (form == 1) {
-            matmul_nn(x.x, x.ld, y.x, y.ld, w.x, w.ld, n, in, out, add);
+            matmul_nn(x.x, x.ld, y.x, y.ld, plain(w.x, w.ld), n, in, out, add);
             worst = worst_error(x, before, y.x, y.ld, 1, w.x, w.ld, 1, out, add);
         } else {
             matmul_tn(w.x, w.ld, y.x, y.ld, x.x, x.ld, n, in, out, add);
@@ -197,19 +197,19 @@ static void test_matmul(void) {
 // fewer rows or columns.
 static void test_same_bits(void) {
     enum { M = 300, N = 210, K = 301 };
-    Matrix a = matrix(M, K, 0), b = matrix(N, K, 0), c = matrix(M, N, 0), other = matrix(M, N, 0);
+    Block a = block(M, K, 0), b = block(N, K, 0), c = block(M, N, 0), other = block(M, N, 0);
     set_threads(1);
-    matmul_nt(c.x, N, a.x, K, b.x, K, M, K, N, 0);
+    matmul_nt(c.x, N, a.x, K, plain(b.x, K), M, K, N, 0);
     for (int threads = 2; threads < 8; threads += threads == 3 ? 4 : 1) {
         set_threads(threads);
         memset(other.x, 0, M * N * sizeof(real));
-        matmul_nt(other.x, N, a.x, K, b.x, K, M, K, N, 0);
+        matmul_nt(other.x, N, a.x, K, plain(b.x, K), M, K, N, 0);
         check(!memcmp(other.x, c.x, M * N * sizeof(real)),
               "a product with %d threads has other bits", threads);
         real few[2][2 * N];
         for (int i = 0; i < 2; i++) {
             set_threads(i ? threads : 1);
-            matmul_nt(few[i], N, a.x, K, b.x, K, 2, K, N, 0);
+            matmul_nt(few[i], N, a.x, K, plain(b.x, K), 2, K, N, 0);
         }
         check(!memcmp(few[0], few[1], sizeof few[0]),
               "a product of few rows with %d threads has other bits", threads);
@@ -218,7 +218,7 @@ static void test_same_bits(void) {
     for (int i = 0; i < 40; i++) {
         const size_t row = random_size(0, M - 20), rows = random_size(4, 20),
                      col = random_size(0, N - 90), cols = random_size(1, 90);
-        matmul_nt(other.x, cols, a.x + row * K, K, b.x + col * K, K, rows, K, cols, 0);
+        matmul_nt(other.x, cols, a.x + row * K, K, plain(b.x + col * K, K), rows, K, cols, 0);
         int same = 1;
         for (size_t k = 0; k < rows; k++)
             same &= !memcmp(other.x + k * cols, c.x + (row + k) * N + col, cols * sizeof(real));
@@ -227,13 +227,70 @@ static void test_same_bits(void) {
     free(a.x); free(b.x); free(c.x); free(other.x);
 }
 
+// Products with matrices of the types that a file may have, in a stack of 3 copies that has exactly
+// the memory it needs. What the numbers stand for is worked out here a second time.
+static void test_type(enum Type type, size_t n, size_t in, size_t out, int add) {
+    Tensor t = { "w", 3, out + 1, in, NORMAL, type, 0, NULL };
+    const size_t copy = copy_bytes(&t), e = random_size(0, 2), groups = (in + 63) / 64;
+    const size_t int8_bytes = (t.rows * in + 63) / 64 * 64;
+    check(copy == (type == BF16 ? 2 * t.rows * in
+                                : int8_bytes + (4 * t.rows * groups + 63) / 64 * 64),
+          "a copy of type %d, %zu x %zu, has %zu bytes", type, t.rows, in, copy);
+    unsigned char *memory = malloc(3 * copy);
+    Block w = block(t.rows, in, 0);
+    for (size_t i = 0; i < 3 * copy; i++) memory[i] = 0xFF;     // NaN in either type
+    for (size_t r = 0; r < t.rows; r++)
+        for (size_t i = 0; i < in; i++) {
+            float x = (float)rng_normal(&rng), scale = (float)(1 + r + i / 64) / 64;
+            if (type == BF16) {
+                uint32_t bits;
+                memcpy(&bits, &x, 4);
+                uint16_t half = (uint16_t)(bits >> 16);
+                memcpy(memory + e * copy + 2 * (r * in + i), &half, 2);
+                bits &= 0xFFFF0000u;
+                memcpy(&x, &bits, 4);
+            } else {
+                int8_t q = (int8_t)(rng_next(&rng) % 127 + 1) * (i % 2 ? 1 : -1);
+                memcpy(memory + e * copy + r * in + i, &q, 1);
+                memcpy(memory + e * copy + int8_bytes + 4 * (r * groups + i / 64), &scale, 4);
+                x = q * scale;
+            }
+            w.x[r * in + i] = x;
+        }
+    t.data = (real *)(void *)memory;
+    Block x = block(n, in, 2), y = block(n, out, 3), y0 = y, x0 = x;
+    y0.x = malloc(((n - 1) * y.ld + out) * sizeof(real));
+    x0.x = malloc(((n - 1) * x.ld + in) * sizeof(real));
+    memcpy(y0.x, y.x, ((n - 1) * y.ld + out) * sizeof(real));
+    memcpy(x0.x, x.x, ((n - 1) * x.ld + in) * sizeof(real));
+    matmul_nt(y.x, y.ld, x.x, x.ld, matrix(&t, e, 1), n, in, out, add);
+    double worst = worst_error(y, y0.x, x.x, x.ld, 1, w.x + in, 1, in, in, add);
+    check(worst <= 1, "matmul_nt of type %d, n %zu, in %zu, out %zu: %g times the bound",
+          type, n, in, out, worst);
+    matmul_nn(x.x, x.ld, y0.x, y.ld, matrix(&t, e, 1), n, in, out, add);
+    worst = worst_error(x, x0.x, y0.x, y.ld, 1, w.x + in, in, 1, out, add);
+    check(worst <= 1, "matmul_nn of type %d, n %zu, in %zu, out %zu: %g times the bound",
+          type, n, in, out, worst);
+    free(memory); free(w.x); free(x.x); free(y.x); free(x0.x); free(y0.x);
+}
+
+static void test_types(void) {
+    for (int i = 0; i < 80; i++)
+        test_type(i % 2 ? BF16 : Q8, i < 40 ? random_size(1, 3) : random_size(4, 70),
+                  random_size(1, 300), random_size(1, 140), i % 4 > 1);
+    test_type(Q8, 1, 64, 1, 0);
+    test_type(BF16, 300, 257, 65, 1);
+    test_type(Q8, 300, 257, 65, 1);
+}
+
 static void test_linear(void) {
     enum { n = 9, in = 21, out = 13, copies = 3 };
     real x[n * in], y[n * out], w[copies * out * in], bias[out];
     fill(x, n * in);
     fill(w, copies * out * in);
     fill(bias, out);
-    Tensor tw = { "w", copies, out, in, NORMAL, 0, w }, tb = { "b", 1, 1, out, ZEROS, 0, bias };
+    Tensor tw = { "w", copies, out, in, NORMAL, F32, 0, w },
+           tb = { "b", 1, 1, out, ZEROS, F32, 0, bias };
     for (int with_bias = 0; with_bias < 2; with_bias++) {
         tb.data = with_bias ? bias : NULL;
         linear(y, x, &tw, 2, &tb, n);
@@ -334,8 +391,8 @@ static void test_rmsnorm(void) {
             const real eps = d % 2 ? (real)1e-6 : (real)0.3;
             real w[80], inverse[n];
             fill(w, d);
-            Matrix x = matrix(n, d, 3), y = matrix(n, d, 2);
-            Tensor t = { "w", 1, 1, d, ONES, 0, w };
+            Block x = block(n, d, 3), y = block(n, d, 2);
+            Tensor t = { "w", 1, 1, d, ONES, F32, 0, w };
             rmsnorm(y.x, y.ld, kept ? inverse : NULL, x.x, x.ld, &t, n, eps);
             double worst = 0;
             for (size_t i = 0; i < n; i++) {
@@ -1505,6 +1562,7 @@ int main(void) {
     test_random();
     test_matmul();
     test_same_bits();
+    test_types();
     test_linear();
     test_exp();
     test_softmax();

@@ -10,6 +10,7 @@ import json
 import math
 import os
 import random
+import re
 import signal
 import struct
 import subprocess
@@ -145,18 +146,46 @@ WORDS_AND_DIGITS = tokenizer_section(
       [(0, SPACE, 1, NO_LIMIT), (1, DARK, 0, 0)], [(0, SPACE, 1, NO_LIMIT)]]])
 
 
-def write_model(path, config, weight, tokenizer=0, upcycled=False, section=b""):
-    """A model.bin; weight(name, size) gives the numbers of a tensor."""
+def to_bf16(numbers):
+    """The bytes in a file, and the numbers that they stand for."""
+    bits = array("I", array("f", numbers).tobytes())
+    halves = array("H", ((x + 0x7FFF + (x >> 16 & 1)) >> 16 for x in bits))
+    return halves.tobytes(), array("f", array("I", (x << 16 for x in halves)).tobytes())
+
+
+def to_q8(numbers, cols):
+    """The same for int8 in groups of 64 along rows of `cols` numbers."""
+    q, scales, values = array("b"), array("f"), array("f")
+    for row in range(0, len(numbers), cols):
+        for first in range(row, row + cols, 64):
+            group = numbers[first:min(first + 64, row + cols)]
+            scales.append(max(map(abs, group)) / 127)
+            q.extend(round(x / scales[-1]) if scales[-1] else 0 for x in group)
+            values.extend(x * scales[-1] for x in q[len(values):])
+    parts = (q.tobytes(), scales.tobytes())
+    return b"".join(part + bytes(-len(part) % 64) for part in parts), values
+
+
+def write_model(path, config, weight, tokenizer=0, upcycled=False, dtype="f32", decoded=False,
+                section=b""):
+    """A model.bin; weight(name, size) gives the numbers of a tensor. `decoded`: matrices hold the
+    numbers that they would have in a file of this type, but as float32."""
     c = {**DEFAULT, **config}
     c |= {"rope." + key: value for key, value in (c.get("rope_scaling") or {}).items()}
     body = b""
     for name, copies, rows, cols in tensor_list(c, upcycled):
+        matrix = not re.search(r"norm|bias|mlp.gate\.|coe_weights", name)
         for e in range(copies):
-            body += array("f", weight(name.format(e), rows * cols)).tobytes()
+            numbers = array("f", weight(name.format(e), rows * cols))
+            narrow = numbers.tobytes()
+            if matrix and dtype != "f32":
+                narrow, numbers = to_bf16(numbers) if dtype == "bf16" else to_q8(numbers, cols)
+            body += numbers.tobytes() if decoded else narrow
         body += bytes(-len(body) % 64)
     slots = b"COE1" + struct.pack("<I", 1)
-    slots += struct.pack("<15q", 1024 + len(section) + len(body), 0, len(section), 0, 0, tokenizer,
-                         upcycled, *[0] * 8)
+    slots += struct.pack("<15q", 1024 + len(section) + len(body), 0, len(section), 0,
+                         0 if decoded else ["f32", "bf16", "q8"].index(dtype), tokenizer, upcycled,
+                         *[0] * 8)
     for name in SLOTS:
         value = c.get(name)
         if name in WORDS:
@@ -168,7 +197,7 @@ def write_model(path, config, weight, tokenizer=0, upcycled=False, section=b""):
         f.write(slots.ljust(1024, b"\0") + section + body)
 
 
-def write_golden(name, path):
+def write_golden(name, path, **how):
     """The golden model of a name as a model.bin; returns its config and golden tensors."""
     folder = os.path.join(GOLDEN, name)
     with open(os.path.join(folder, "config.json")) as f:
@@ -180,7 +209,8 @@ def write_golden(name, path):
         used.add(name)
         assert math.prod(weights[name][0]) == size, name
         return weights[name][1]
-    write_model(path, config, weight, upcycled=any(".coe_weights." in k for k in weights))
+    write_model(path, config, weight, upcycled=any(".coe_weights." in k for k in weights),
+                **how)
     check(f"{name}: all tensors are written", used == weights.keys(), weights.keys() - used)
     return config, read_safetensors(os.path.join(folder, "golden.safetensors"))
 
@@ -321,6 +351,31 @@ def test_golden(name, folder):
           all(values.get(k) == str(config[k]) for k in ("vocab_size", "inner_iter")) and
           not any("e-" in v for k, v in values.items() if "weight" not in k), r)
     return worst, worst_weight
+
+
+def test_types(folder):
+    """bf16 and q8 compute what float32 does with the same numbers, for many rows and for one."""
+    narrow, wide, logits_file = (os.path.join(folder, x) for x in ("narrow", "wide", "logits"))
+    for name in sorted(os.listdir(GOLDEN)):
+        for dtype in ("bf16", "q8"):
+            config, golden = write_golden(name, narrow, dtype=dtype)
+            write_golden(name, wide, dtype=dtype, decoded=True)
+            tokens, logits, greedy = text_of(golden["tokens"][1][:24]), [], []
+            for model in (narrow, wide):
+                run(model, "-m", "eval", "--ids", "-i", tokens, "--logits", logits_file)
+                logits.append(read_floats(logits_file))
+                greedy.append(run(model, "--ids", "-t", 0, "--ignore-eos", "-n", 20, "-i",
+                                  text_of(golden["tokens"][1][:5])).ids())
+                one = run(model, "--ids", "-m", "eval", "-i", text_of(golden["tokens"][1][:2]),
+                          "--logits", logits_file)
+                logits[-1] += read_floats(logits_file)
+            off = furthest(*logits) / max(map(abs, logits[1]))
+            check(f"{name}: {dtype} is float32 with the same numbers",
+                  len(logits[0]) == 26 * config["vocab_size"] and off < 1e-5, f"{off:.2e}, {one}")
+            check(f"{name}: {dtype} continues as float32", greedy[0] == greedy[1] != [], greedy)
+    r = run(narrow, "-m", "info")
+    types = [line.split()[-1] for line in r.out.splitlines() if ".weight " in line]
+    check("info shows the types", "dtype q8" in r.out and {*types} == {"f32", "q8"}, r)
 
 
 # ---- eval -------------------------------------------------------------------------------------
@@ -775,7 +830,7 @@ def main():
         print("deviations from the reference: logits (of the largest), weights of experts")
         for name in sorted(os.listdir(GOLDEN)):
             print(f"  {name:24} {'%.1e %.1e' % test_golden(name, folder)}")
-        for test in (test_eval, test_text, test_stream, test_bpe, test_chat, test_usage,
+        for test in (test_types, test_eval, test_text, test_stream, test_bpe, test_chat, test_usage,
                      test_environment, test_damage, test_damaged_tokenizer, test_not_models):
             test(folder)
     print(f"{passed} passed, {failed} failed")

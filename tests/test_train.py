@@ -251,6 +251,8 @@ def test_contradictions(folder):
     bad("resumed in another order", 2, ["sequential"], *resume, *data, "--sequential")
     bad("resumed with other data", 1, [here("other")], *resume, "-d", here("other"))
     bad("resumed without its data", 1, ["--data"], *resume)
+    bad("more memory than there is", 1, ["training takes", "this machine has", "micro_batch_size"],
+        "-b", 10 ** 6, "-l", 200)
     bad("--init and --resume", 2, ["--init", "--resume"], *resume, "--init", here("a.bin"), *data)
     good("the built-in task", *SMALL, "-x", 1, "--eval_problems", 0, "-o", here("task.bin"))
     bad("resumed with data instead", 1, ["--data"], "--resume", here("task.bin"), *data)
@@ -610,6 +612,52 @@ def test_damaged_state(folder):
     for n in (1, 64, 1000, len(data) // 2):
         path = write(here("cut.bin"), data[:-n])
         bad(f"a checkpoint cut by {n}", 1, [path], "--resume", path)
+
+
+PHASES = [*(f"{part} {way}" for way in ("forward", "backward")
+            for part in ("embedding", "attention", "router", "experts", "head")),
+          "AdamW", "rest", "all"]
+
+
+def profile_of(r):
+    """(steps, {phase: (seconds a step, share)}) of what --profile printed."""
+    lines = r.err.splitlines()
+    start = next(i for i, line in enumerate(lines) if line.startswith("profile of"))
+    rows = [line.split() for line in lines[start + 1:][:len(PHASES)]]
+    return int(lines[start].split()[2]), {" ".join(n): (float(s), float(p)) for *n, s, p in rows}
+
+
+def test_profile(folder):
+    here = lambda name: os.path.join(folder, name)
+    run = [*SMALL, "-b", 4, "-l", 64, "--micro_batch_size", 3, "--eval_problems", 2]
+    r = good("without --profile", *run, "-x", 5, "-o", here("a.bin"))
+    check("no profile", "profile" not in r.err, r)
+    for threads in (1, 2):
+        r = good("--profile", *run, "-x", 5, "--profile", "-o", here("b.bin"), "--log", here("log"),
+                 threads=threads)
+        check("--profile changes no byte", read(here("a.bin")) == read(here("b.bin")))
+        steps, table = profile_of(r)
+        check("every phase has its line", list(table) == PHASES, r)
+        parts = [table[name] for name in PHASES[:-1]]
+        check("the first step is left out", steps == 4, r)
+        check("the seconds add up", abs(sum(s for s, _ in parts) - table["all"][0]) < 1e-5, r)
+        check("the shares add up to 100", abs(sum(p for _, p in parts) - 100) < 0.1, r)
+        check("nothing takes less than no time", min(s for s, _ in parts) >= 0, r)
+        check("what is computed takes time", all(table[f"{part} {way}"][0] > 0 for part in
+              ("attention", "experts") for way in ("forward", "backward")), r)
+        head, *rows = [line.split("\t") for line in read(here("log")).decode().splitlines()]
+        logged = sum(4 * 64 / float(row[head.index("tokens_per_s")]) for row in rows[1:])
+        check("it is the time of the log", logged / 2 < 4 * table["all"][0] < logged + 1e-5,
+              f"{logged}, {table}")
+    r = good("--profile of one step", *run, "-x", 1, "--profile", "-o", here("b.bin"))
+    check("one step is not left out", profile_of(r)[0] == 1, r)
+    r = good("--profile and --resume", "--resume", here("b.bin"), "-x", 4, "--profile")
+    check("the first step after --resume is left out", profile_of(r)[0] == 2, r)
+    r = good("--profile of nothing", "--resume", here("b.bin"), "--profile")
+    check("no steps, no profile", "profile of" not in r.err, r)
+    dense = [*SMALL, "--n_routed_experts", "null", "-x", 3, "--eval_problems", 0]
+    r = good("--profile without experts", *dense, "--profile", "-o", here("b.bin"))
+    check("no experts, no router", profile_of(r)[1]["router forward"][0] == 0, r)
 
 
 def limit_files(size):
