@@ -698,6 +698,11 @@ def added_tokens(found, c, nfc):
         must(not (nfc and token["normalized"]) or unicodedata.is_normalized("NFC", content),
              "added token {} is normalized, but not in NFC", content)
         added[content] = i, sum(bit for key, bit in ADDED_FLAGS.items() if token[key])
+    rstrip, normalized = ADDED_FLAGS["rstrip"], ADDED_FLAGS["normalized"]
+    greedy = {flags & normalized for _, flags in added.values() if flags & rstrip}
+    for content, (_, flags) in added.items():                  # the library takes such spaces twice
+        must(content[0] not in WHITE_SPACE or flags & normalized not in greedy, "added token {} "
+             "starts with white space, which another one with rstrip takes: not supported", content)
     return sorted(((i, content.encode(), flags) for content, (i, flags) in added.items()),
                   key=lambda token: token[1])
 

@@ -8,11 +8,13 @@
                                                        writes tests/tokenizers.json
     python3 tests/test_tokenizer.py --unicode          prints the table for export.py [8]
 
-Ends in a line `N passed, N failed`. Needs what requirements.txt says.
+Ends in a line `N passed, N failed`. Needs what requirements.txt says, and for all but the first
+what requirements-ci.txt says of tokenizers.
 """
 import base64, functools, glob, json, os, random, shutil, struct, subprocess, sys, tempfile
 import textwrap, time, traceback, unicodedata, zlib
 
+sys.dont_write_bytecode = True
 import test_export
 from test_export import HERE, bad, check, good, read, write
 import export
@@ -34,43 +36,50 @@ def digits(individual):
 
 BYTE_LEVEL = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True,
               "use_regex": False}
-CONTRACTIONS = "(?i:'s|'t|'re|'ve|'m|'ll|'d)"
-WORDS = r"[^\r\n\p{L}\p{N}]?"
+LETTERS = r"[^\r\n\p{L}\p{N}]?"
 UPPER, LOWER = r"[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]", r"[\p{Ll}\p{Lm}\p{Lo}\p{M}]"
+SHORT = "(?i:'s|'t|'re|'ve|'m|'ll|'d)"
 REST = r"\s*[\r\n]+|\s+(?!\S)|\s+"
 FAMILIES = {            # name: the stages before ByteLevel, and what else is special about it
     "gpt-2": ([], {}),
-    "deepseek-v2": ([split("[\r\n]"), split("\\s?[A-Za-zµÀ-ÖØ-öø-ƺΑ-Ωα-ωЀ-ҁＡ-Ｚ]+"),
-                     split("\\s?[!-/:-~！-／：-～‘-‟　-。]+"), split("\\s+$"),
-                     split("[一-龥ࠀ-一가-퟿]+"), digits(True)], {"holes": 7}),
-    "deepseek-v3": ([split(r"\p{N}{1,3}"), split("[一-龥぀-ゟ゠-ヿ]+"),
-                     split(r"""[!"#$%&'()*+,\-./:;<=>?@\[\\\]^_`{|}~][A-Za-z]+|"""
-                           r"[^\r\n\p{L}\p{P}\p{S}]?[\p{L}\p{M}]+| ?[\p{P}\p{S}]+[\r\n]*|" + REST)], {}),
-    "llama-3": ([split(CONTRACTIONS + "|" + WORDS + r"\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|"
-                       + REST)],
-                {"whole": ["Ġquestion", "Ġpens", "199", "ä¸Ńæĸĩ", "ĠĠĠĠ", "zz"]}),
-    "o200k": ([split(f"{WORDS}{UPPER}*{LOWER}+{CONTRACTIONS}?|{WORDS}{UPPER}+{LOWER}*{CONTRACTIONS}"
-                     r"?|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n/]*|" + REST)], {}),
-    "nfc": ([digits(False), split(" =", "String"),
-             split("'(?i:[sdmt]|ll|ve|re)|" + WORDS + r"+\p{L}+| ?[^\s\p{L}\p{N}]++[\r\n]*|"
-                   r"\s*[\r\n]|\s+(?!\S)|\s+")], {"nfc": True}),
+    "deepseek-v2": ([
+        split("[\r\n]"), split("\\s?[A-Za-zµÀ-ÖØ-öø-ƺΑ-Ωα-ωЀ-ҁＡ-Ｚ]+"),
+        split("\\s?[!-/:-~！-／：-～‘-‟　-。]+"), split("\\s+$"), split("[一-龥ࠀ-一가-퟿]+"),
+        digits(True)], {"holes": 7}),
+    "deepseek-v3": ([
+        split(r"\p{N}{1,3}"), split("[一-龥぀-ゟ゠-ヿ]+"),
+        split(r"""[!"#$%&'()*+,\-./:;<=>?@\[\\\]^_`{|}~][A-Za-z]+|[^\r\n\p{L}\p{P}\p{S}]?"""
+              r"[\p{L}\p{M}]+| ?[\p{P}\p{S}]+[\r\n]*|" + REST)], {}),
+    "llama-3": ([
+        split(f"{SHORT}|{LETTERS}" r"\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|" + REST)],
+        {"whole": ["Ġquestion", "Ġpens", "199", "ä¸Ńæĸĩ", "ĠĠĠĠ", "<tool"]}),
+    "o200k": ([
+        split(f"{LETTERS}{UPPER}*{LOWER}+{SHORT}?|{LETTERS}{UPPER}+{LOWER}*{SHORT}?|"
+              r"\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n/]*|" + REST)], {}),
+    "nfc": ([
+        digits(False), split(" =", "String"),
+        split(f"'(?i:[sdmt]|ll|ve|re)|{LETTERS}" r"+\p{L}+| ?[^\s\p{L}\p{N}]++[\r\n]*|\s*[\r\n]|"
+              r"\s+(?!\S)|\s+")], {"nfc": True}),
 }
 ADDED = {END: "special", "<tool": "", "<tool>": "", "<tool>s": "normalized",
          "<|left|>": "special lstrip", "<|right|>": "special rstrip", "\u200b": "normalized",
-         "<both>": "lstrip rstrip normalized", "<｜x▁y｜>": "special normalized", " <|left": ""}
+         "<both>": "lstrip rstrip normalized", "<｜x▁y｜>": "special normalized"}
+SPACES = {"   ": "", "\t\t": "normalized", " <|left": "normalized", "\u3000": "lstrip"}
 
 
 def tokenizer_json(name, merges):
     stages, special = FAMILIES[name]
+    added = ADDED
     if name == "gpt-2":
         pre = BYTE_LEVEL | {"use_regex": True}
+        added = {key: words for key, words in ADDED.items() if "rstrip" not in words} | SPACES
     else:
         pre = {"type": "Sequence", "pretokenizers": [*stages, BYTE_LEVEL]}
     tokens = sorted(export.BYTE_LEVEL)
     tokens += ["".join(pair) for pair in merges if "".join(pair) not in tokens]
     tokens += special.get("whole", [])
     vocab = {token: i for i, token in enumerate(dict.fromkeys(tokens))}
-    new = [content for content in ADDED if content not in vocab]
+    new = [content for content in added if content not in vocab]
     ids = {content: len(vocab) + special.get("holes", 0) + i for i, content in enumerate(new)}
     if "holes" in special:                                     # added tokens in the vocabulary
         vocab |= ids
@@ -79,7 +88,7 @@ def tokenizer_json(name, merges):
         "version": "1.0", "truncation": None, "padding": None,
         "added_tokens": [{"id": (ids | vocab)[content], "content": content} |
                          {flag: flag in words.split() for flag in flags}
-                         for content, words in ADDED.items()],
+                         for content, words in added.items()],
         "normalizer": {"type": "NFC"} if "nfc" in special else None, "pre_tokenizer": pre,
         "post_processor": None, "decoder": BYTE_LEVEL,
         "model": {"type": "BPE", "dropout": None, "unk_token": None,
@@ -153,14 +162,14 @@ def compare(name, path, texts, found, expected):
     decode = tables(path)["texts"]
     wrong = [i for i, ids in enumerate(found) if ids != expected[i]]
     for i in wrong[:5]:
-        print(f"FAILED: {name}: {texts[i]!r:.300}\n  got    {found[i]!s:.300}\n"
+        print(f"FAILED: {name}: {texts[i]!a:.300}\n  got    {found[i]!s:.300}\n"
               f"  wanted {expected[i]!s:.300}")
     test_export.failed += len(wrong)
     test_export.passed += len(found) - len(wrong)
-    for text, ids in zip(texts, found):                        # <|left|> and so on take in spaces
-        if not any(mark in text for mark in ("<|left", "<|right|>", "<both>")):
+    for text, ids in zip(texts, found):                        # these take in the space around them
+        if not any(mark in text for mark in ("<|left|>", "<|right|>", "<both>", "\u3000")):
             back = b"".join(decode[i] for i in ids)
-            check(back == text.encode(), f"{name}: {text!r:.99} comes back as {back!r:.99}")
+            check(back == text.encode(), f"{name}: {text!a:.99} comes back as {back!r:.99}")
 
 
 # ---- with what is stored -------------------------------------------------------------------------
@@ -172,6 +181,10 @@ def test_stored(tmp, run):
         tokenizer = tokenizer_json(name, [tuple(merge.split(" ")) for merge in t["merges"]])
         path = f"{tmp}/{name}.bin"
         good(checkpoint(f"{tmp}/{name}", tokenizer), path)
+        special, head = FAMILIES[name][1], tables(path)["head"]
+        check(head[11] == ("whole" in special) + 2 * ("nfc" in special)
+              and (head[2] > 256) == ("whole" in special) and (head[10] > 99) == ("nfc" in special),
+              f"{name}: ignore_merges, NFC, and their tables")
         expected = [list(map(int, ids.split())) for ids in t["ids"]]
         check(len(expected) == len(stored["texts"]) > 20, name)
         compare(name, path, stored["texts"], tokenize(run, path, stored["texts"]), expected)
@@ -249,7 +262,7 @@ def test_refusals(tmp, run):
             (r"(?i:\s)", "ASCII"), ("(?i:ss)", "folds"), ("(?i:a+)", "+"),
             (r"[^\s\S]", "no characters"), ("a++a", "possessive"), ("a?+(?!b)a", "possessive"),
             ("a*(?:ab|c)", "group"), ("a?b?(?:c|d)", "group"), ("a*(?:b|c?)d", "group"),
-            ("[ab]*[bc]{1,2}(?:d|e)", "group")):
+            ("[ab]*[bc]{1,2}(?:d|e)", "group"), ("'?a*(?:''|'c)", "group")):
         stages(split(regex), BYTE_LEVEL,
                ["pre_tokenizer 1, Split " + json.dumps(regex, ensure_ascii=False), *words])
 
@@ -272,6 +285,7 @@ def test_refusals(tmp, run):
     token({"content": "a"}, '"a"', f"must be {vocab['a']}")
     case({"added_tokens": [added[0] | {"content": "é", "id": vocab["é"]}]}, '"é"', "as another")
     token({"single_word": True}, END, "single_word")
+    token({"rstrip": True}, "starts with white space", "rstrip")
     case({"model": t["model"] | {"vocab": vocab | {"xy": end + 1}}}, END, f"must be {end + 1}")
     case({"model": t["model"] | {"vocab": vocab | {"Ġab": end}}}, END, f"is {end}, as another")
     many = [added[0] | {"id": end + i, "content": f"<{i}>"} for i in range(300 - end + 1)]
@@ -322,9 +336,9 @@ def test_settings(tmp, run):
     case(BYTE_LEVEL, {"add_bos_token": True}, 1, 0)
     case(post, None, 0, 0, config=ids | {"bos_token_id": None})
     case(post, None, 0, 0, config=ids | {"bos_token_id": bos + 1})
-    case(None, {"bos_token": END, "eos_token": {"content": "<tool"}}, 0, 0)
-    case(None, {"bos_token": "<tool"}, 0, 0, "s/tokenizer_config.json: warning: bos_token",
-         f'"<tool" is {bos + 1}, bos_token_id of config.json {bos}')
+    case(None, {"bos_token": END, "eos_token": {"content": "<tool>"}}, 0, 0)
+    case(None, {"bos_token": "<tool>"}, 0, 0, "s/tokenizer_config.json: warning: bos_token",
+         f'"<tool>" is {bos + 1}, bos_token_id of config.json {bos}')
     case(None, {"eos_token": "<none>"}, 0, 0, "eos_token", "no token", f"{bos + 1}")
     case(None, {"bos_token": END}, 0, 0, "config.json null", config={})
     chat = ("{% if not add_generation_prompt is defined %}{% set add_generation_prompt = false %}"
@@ -343,7 +357,6 @@ def test_settings(tmp, run):
     case(None, {"chat_template": chat.replace("{{ bos_token }}", "")}, 0, 0, "no ./run -m chat")
     case(None, {"chat_template": other}, 0, 1, jinja=chat)
     case(None, {"chat_template": chat}, 0, 0, "s/chat_template.jinja", jinja=other)
-    bad([folder, f"{tmp}/no.bin", "--dtype", "q4"], "q4", code=2)
     write(f"{folder}/chat_template.jinja", b"\xff")
     bad([folder, f"{tmp}/no.bin"], "chat_template.jinja")
     os.remove(f"{folder}/chat_template.jinja")
@@ -369,6 +382,7 @@ def test_settings(tmp, run):
     same = json.loads(json.dumps(t))
     same["model"] |= {"merges": ["#version: 0.2", "a b"], "dropout": 0.0, "unk_token": "a",
                       "continuing_subword_prefix": "", "end_of_word_suffix": ""}
+    same["pre_tokenizer"] = {"type": "Sequence", "pretokenizers": [same["pre_tokenizer"]]}
     del same["model"]["type"], same["normalizer"], same["decoder"]
     good(checkpoint(f"{tmp}/same", same), f"{tmp}/same.bin")
     check(tables(f"{tmp}/same.bin")["section"] == section, "other ways to write the same")
@@ -410,17 +424,14 @@ def matched(regex):
 CHARS = [chr(code) for code in range(0x110000) if not 0xD800 <= code < 0xE000]
 
 
-def unicode_table():
-    """Run lengths of the categories, compressed, as in export.py [8]."""
+def unicode_runs():
+    """How many code points of which category, one after another, as in export.py [8]."""
     kinds = np.zeros(export.END_OF_UNICODE, int)
-    for i, name in enumerate(export.CATEGORIES):
-        if name:                                               # Nd after N, of which it is a part
-            kinds[matched(rf"\p{{{name}}}") & ((kinds == 0) | (name == "N"))] = i
-    kinds[matched(r"\p{Nd}")] = export.CATEGORIES.index("Nd")
+    for name in sorted(export.CATEGORIES[1:], key=len):        # Nd after N, of which it is a part
+        kinds[matched(rf"\p{{{name}}}")] = export.CATEGORIES.index(name)
     starts = np.flatnonzero(np.diff(kinds, prepend=-1))
-    runs = "".join(chr(ord("`") + kinds[a]) + (str(b - a) if b - a > 1 else "")
+    return "".join(chr(ord("`") + kinds[a]) + (str(b - a) if b - a > 1 else "")
                    for a, b in zip(starts, [*starts[1:], len(kinds)]))
-    return "\n".join(textwrap.wrap(base64.b85encode(zlib.compress(runs.encode(), 9)).decode(), 100))
 
 
 def test_unicode(tmp, run):
@@ -436,7 +447,29 @@ def test_unicode(tmp, run):
     found = [piece for piece, _ in stage.pre_tokenize_str("a".join(CHARS)) if piece != "a"]
     found = export.chars_of(ord(piece) for piece in found if len(piece) == 1)
     check((found == export.digits()).all(), "Digits")
-    check(unicode_table() == export.UNICODE.strip(), "--unicode prints what is in export.py")
+    check(unicode_runs() == "".join(map("".join, export.RUNS)), "--unicode gives the table again")
+
+
+def test_nfc(tmp, run):
+    """What is surely in NFC by the table of export.py stays as it is in the library."""
+    from tokenizers import normalizers
+    nfc, r, value = normalizers.NFC(), random.Random(6), {}
+    for low, high, number in export.nfc_table():
+        value |= {chr(code): number for code in range(low, high + 1)}
+    whole = [char for char in CHARS if unicodedata.decomposition(char)]
+    marks = [char for char in CHARS if unicodedata.combining(char)]
+    hangul = [chr(code) for code in range(0x1100, 0x1200)] + ["가", "각"]
+    sure = changed = 0
+    for _ in range(50000):
+        text = "".join(r.choice(r.choice((whole, marks, hangul, list("aeo x"))))
+                       for _ in range(r.randint(1, 4)))
+        values = [value.get(char, 0) for char in text]
+        may_change = 255 in values or any(b and b < a for a, b in zip(values, values[1:]))
+        changes = nfc.normalize_str(text) != text
+        sure, changed = sure + (not may_change), changed + changes
+        if changes and not may_change:
+            check(False, f"{text!a} is not in NFC")
+    check(sure > 5000 and changed > 5000, f"{sure} in NFC, {changed} changed")
 
 
 def pieces(alternatives, text):
@@ -510,7 +543,7 @@ def test_regexes(tmp, run):
             wanted = [piece for piece, _ in library.pre_tokenize_str(text)]
             found = list(pieces(alternatives, text))
             if found != wanted:
-                check(False, f"{regex!r} in {text!r}: {found}, wanted {wanted}")
+                check(False, f"{regex!a} in {text!a}: {found!a}, wanted {wanted!a}")
                 break
         else:
             check(True, regex)
@@ -543,7 +576,7 @@ def corpus(train):
             "Ω", "iPhone", "XMLHttp", "'s", "'S", "'ſ", "'ll", "'LL", "'rE", "’s", "don't", "can'T",
             "the", "a", "Z", "\xa0", "\u3000", "\u2028", "\x85", "\0", "\ufeff", "\ufffd", "\u200b",
             "\U0010ffff", " ", "  ", "\t", "\n", "\n\n", "\r\n", "\r", "!", "...", "//", "=>", "_",
-            "$", "€", "<", ">", " =", "===", *ADDED, "<|left", "<|endof", "<both"]
+            "$", "€", "<", ">", " =", "===", *ADDED, *SPACES, "<|left", "<|endof", "<both"]
     hard.remove(END)
     for n in range(1500):
         texts.append("".join(r.choices(hard, k=1 + n % 30)))
@@ -580,7 +613,8 @@ def test_files(tmp, run):
         folder = checkpoint(f"{tmp}/{i}", text, max(ids.values()) + 100, settings,
                             bos_token_id=ids[bos], eos_token_id=ids[eos])
         good(folder, f"{tmp}/{i}.bin")
-        check(tables(f"{tmp}/{i}.bin")["slots"][64] == settings["add_bos_token"], "add_bos_token")
+        check(tables(f"{tmp}/{i}.bin")["slots"][64:66] == (
+            settings["add_bos_token"], "'User: '" in settings["chat_template"]), file)
         ends = [bos, "", "User: hi\n\nAssistant: ", "<｜User｜>"]
         texts = [text + ends[i % 4] for i, text in enumerate(TEXTS)]
         against_library(run, file, f"{tmp}/{i}.bin", text, texts, eos)
@@ -593,7 +627,7 @@ STORED_TEXTS = [
     "24 - 5 = 19\n#### 19\n", "", " questions 中文 question pens 199", "x =  = y", "\n" * 20,
     "def f(x):\n\treturn x**2  # square\n\n\n    if x >= 10 and y != 'a':\r\n        pass\r\n",
     "foo_bar.baz(qux)[0]->{'k': \"v\"}; // ~!@#$%^&*/\n", "a\rb\r\nc\n d \n  e", "a" * 50, "=" * 33,
-    "I'm sure they'LL say it's HE'S, we'Ve, 'ſ 'S don’t I'Dn't", " " * 40 + "x",
+    "I'm sure they'LL say it's HE'S, we'Ve, 'ſx 'SX don’t I'Dn't", " " * 40 + "x",
     " \t\n \n\n   x  \u3000\xa0 y\u2003 z   ", "CamelCase XMLHttpRequest iPhone ABCdef's éÀÉ",
     "naïve Ωmega straße ﬁ ǅ ʰ 中文字符。日本語テキスト한국어", "١٢٣ １２３４ ²³½ 1234567 ৪৫ Ⅷ 3.14",
     "👩\u200d👧 🏳️\u200d🌈 1️⃣ ที่นี่ हिन्दी", "\0\x7f\x85\ufeff\ufffd\U0010ffff", "\u200b \u200bx",
@@ -606,7 +640,7 @@ def write_stored():
     stored = {"texts": STORED_TEXTS, "tokenizers": {}}
     for name in FAMILIES:
         merges = trained(name, STORED_TEXTS, 60)
-        merges += merges[5:8]                                  # of twins the last one counts
+        merges += merges[:3]                                   # of twins the last one counts
         library = Tokenizer.from_str(json.dumps(tokenizer_json(name, merges)))
         ids = [library.encode(text, add_special_tokens=False).ids for text in STORED_TEXTS]
         stored["tokenizers"][name] = {"merges": [" ".join(pair) for pair in merges],
@@ -622,13 +656,14 @@ def main():
     if args == ["--write"]:
         return write_stored()
     if args == ["--unicode"]:
-        return print(unicode_table())
+        table = base64.b85encode(zlib.compress(unicode_runs().encode(), 9)).decode()
+        return print("\n".join(textwrap.wrap(table, 100)))
     if len(args) != 1 and args[1:2] != ["--library"] or len(args) == 2:
         sys.exit(__doc__)
     tests = [test_stored, test_refusals, test_settings]
     if len(args) > 2:
         FILES, TEXTS = args[3:], corpus(args[2])
-        tests += [test_unicode, test_regexes, test_families, test_files]
+        tests += [test_unicode, test_nfc, test_regexes, test_families, test_files]
     for test in tests:
         start = time.monotonic()
         tmp = tempfile.mkdtemp(prefix="test_tokenizer-")
