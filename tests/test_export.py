@@ -240,7 +240,7 @@ def test_slots(tmp):
     check(d(46, 46) == [4] and i(47, 47) == [16] and d(48, 51) == [30, 2, 0.5, 0.707], "46..51")
     check(i(52, 54) == [128, 0, 0] and d(55, 55) == [0.03] and i(56, 58) == [-1, 7, 0], "52..58")
     check(d(59, 59) == [0.3] and i(60, 60) == [5] and d(61, 63) == [0.9, -1, 1.5], "59..63")
-    check(i(64, 64) == [1], "add_bos_token")
+    check(i(64, 65) == [1, 0], "add_bos_token, chat_template")
     check(not any(data[8 * 8:16 * 8]) and not any(data[66 * 8:1024]), "reserved slots are 0")
     good(f"{tmp}/slots.bin", f"{tmp}/slots2")
     for name in ("generation_config.json", "tokenizer_config.json", "special_tokens_map.json"):
