@@ -168,8 +168,9 @@ def python_groups():
         python = python_with(*needs)
     if python:
         yield "export.py", [python, "tests/test_export.py"]
+        yield "tokenizer", [python, "tests/test_tokenizer.py", "./run"]
     else:
-        report("export.py", 0, 0, 1, text=f"needs {', '.join(needs)}: {problem}")
+        report("export.py, tokenizer", 0, 0, 2, text=f"needs {', '.join(needs)}: {problem}")
     python = python_with("torch", "numpy", "safetensors", "ml_dtypes")
     if not python:
         report("comparison with PyTorch", 0, 0, 2, text="needs torch")
