@@ -7,7 +7,8 @@
     make bench ONLY=train:T,decode:S    rows by the beginning of their name (--list shows them)
     make bench TSV=bench.tsv            the table once more, for programs
 
-Rows are medians of 5 (training T: 20) after a warm-up, and the spread is (most - least) / median.
+Rows are medians of 5 (training T: 20) after a warm-up, and the spread is (most - least) / median;
+the peer's are of as many, at scale P of 3, for it would take most of the time.
 The models have random weights and random data, in three sizes: T is a toy, S fits a laptop, P is
 the paper's. C2 is Chain-of-Experts with two iterations, C1 the mixture of experts of equal cost.
 
@@ -328,7 +329,7 @@ class Bench:
             self.need(17 * counts(model_of(scale, C))[2])
             out, _ = succeed([self.options.peer_python, self.options.peer, "bench", "--impl",
                               "fast", "--scale", scale, "--mode", modes, "--C", C,
-                              "--threads", self.threads])
+                              "--threads", self.threads, "--reps", 3 if scale == "P" else REPEATS])
             return {line["mode"]: line for line in map(json.loads, out.splitlines())}
         except (Missing, Broken, ValueError, KeyError) as e:
             self.note(f"{scale}:C{C} of the peer", e)
@@ -539,7 +540,7 @@ def number(x):
 
 
 def percent(x):
-    return "" if x is None else f"{100 * x:.1f} %"
+    return "" if x is None else f"{100 * x:.{int(x < 10)}f} %"
 
 
 def line_of(name, result="-", unit="", spread="", detail="", share="", peer="", ratio=""):
