@@ -2,6 +2,7 @@
 # make demo       train a small Chain-of-Experts on word problems, then ask it one
 # make test       everything that can be tested on this machine
 # make bench      measure speed against what the machine can do: see the top of tests/bench.py
+# make figures    draws the README's figures, after training the demo if there is none yet
 # make debug      run-debug and train-debug, with the address and undefined-behaviour sanitizers
 
 # -O3 unrolls and vectorises; -march=native uses the widest vectors this machine has (leave it out, or
@@ -38,6 +39,26 @@ demo: run train
 	./train -o demo.bin --log demo.tsv
 	./run demo.bin -t 0 -i "$$(./train --show_val 1 | head -n 1)"
 
+# The figures of the demo, and of whatever experiments/grid.py has left in experiments/results.
+DRAW    = build/figures/bin/python
+RESULTS = experiments/results
+figures: run train demo.bin build/figures/ready
+	./train --show_val 30 > build/val.txt
+	./run demo.bin -m eval -c 192 -f build/val.txt --trace build/trace.tsv > build/eval.txt
+	$(DRAW) experiments/figures.py learning demo.tsv $(RESULTS)/demo-learning
+	$(DRAW) experiments/routing.py demo.bin build/trace.tsv --figures $(RESULTS)/demo \
+		> $(RESULTS)/demo-routing.txt
+	$(DRAW) experiments/viewer.py demo.bin build/trace.tsv -o build/routing.html
+	for curves in $(wildcard $(RESULTS)/*-curves.tsv); do \
+		$(DRAW) experiments/figures.py grid $${curves%-curves.tsv} $${curves%-curves.tsv} || exit; \
+	done
+demo.bin:
+	$(MAKE) demo
+build/figures/ready: tests/requirements-figures.txt
+	$(PYTHON) -m venv build/figures
+	build/figures/bin/pip install -q --disable-pip-version-check -r $<
+	touch $@
+
 test: run train
 	CC="$(CC)" PLAIN="$(PLAIN)" BUILD="$(BUILD)" SANITIZE="$(SANITIZE)" $(PYTHON) tests/run_all.py
 
@@ -53,4 +74,4 @@ clean:
 	rm -f run train run-debug train-debug demo.bin demo.tsv
 	rm -rf build
 
-.PHONY: all debug demo test bench bench-quick clean
+.PHONY: all debug demo figures test bench bench-quick clean

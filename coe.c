@@ -777,7 +777,9 @@ static void weights_init(Model *m, uint64_t seed) {
 typedef struct {
     size_t total, bytes;                // parameters in all
     size_t active, active_bytes;        // those that one token is multiplied with, once per
-} Parameters;                           // iteration where the chain repeats them
+                                        // iteration where the chain repeats them
+    size_t last_ffn;                    // of the active, those behind the last layer's attention
+} Parameters;
 
 // How many there are. (Embedding rows are looked up, not multiplied.)
 static Parameters count_parameters(const Model *m) {
@@ -794,6 +796,8 @@ static Parameters count_parameters(const Model *m) {
         p.bytes += t->copies * copy_bytes(t);
         p.active += times * t->rows * t->cols;
         p.active_bytes += times * copy_bytes(t);
+        if (t >= &m->w.layer[c->num_hidden_layers - 1].gate && t < m->w.norm)
+            p.last_ffn += times * t->rows * t->cols;
     }
     return p;
 }
@@ -1055,13 +1059,11 @@ enum { LANES = VECTOR_BYTES / sizeof(real) };
 typedef real vec  __attribute__((vector_size(VECTOR_BYTES)));
 // The same at any address.
 typedef real uvec __attribute__((vector_size(VECTOR_BYTES), aligned(sizeof(real)), may_alias));
-// As many numbers of the types in a file, and what they turn into on the way to a vec.
-typedef uint16_t vec_u16 __attribute__((vector_size(2 * LANES)));
-typedef uint16_t uvec_u16 __attribute__((vector_size(2 * LANES), aligned(2), may_alias));
-typedef int8_t vec_i8 __attribute__((vector_size(LANES)));
-typedef int8_t uvec_i8 __attribute__((vector_size(LANES), aligned(1), may_alias));
-typedef int32_t vec_i32 __attribute__((vector_size(4 * LANES)));
-typedef float vec_f32 __attribute__((vector_size(4 * LANES)));
+// As many 32-bit words of a file, and what they turn into on the way to a vec.
+typedef uint32_t vec_u32  __attribute__((vector_size(4 * LANES)));
+typedef uint32_t uvec_u32 __attribute__((vector_size(4 * LANES), aligned(1), may_alias));
+typedef int32_t vec_i32   __attribute__((vector_size(4 * LANES)));
+typedef float vec_f32     __attribute__((vector_size(4 * LANES)));
 
 // clang would split 64-byte vectors in two, for processors on which they slow down the clock.
 #if defined(__clang__) && __has_attribute(min_vector_width)
@@ -1258,49 +1260,60 @@ WIDE static void tile_cols(real *c, size_t ldc, const real *a, size_t ai, size_t
 #define RIFFLE_HIGH(a, b) __builtin_shufflevector(a, b, 2, 6, 3, 7)
 #endif
 
-// LANES weights of a row from column i on, a multiple of LANES; so in Q8 they share one scale, which
-// is left out. `type` is w.type, constant where this is inlined.
-WIDE static inline __attribute__((always_inline)) vec load_row(Matrix w, size_t row, size_t i,
-                                                               enum Type type) {
-    if (type == F32) return load((const real *)w.data + row * w.ld + i);
-    if (type == BF16) {
-        vec_u16 h = *(const uvec_u16 *)((const uint16_t *)w.data + row * w.ld + i);
-        vec_i32 bits = __builtin_convertvector(h, vec_i32) << 16;
-        vec_f32 x;
-        memcpy(&x, &bits, sizeof x);
-        return __builtin_convertvector(x, vec);
-    }
-    vec_i8 q = *(const uvec_i8 *)((const int8_t *)w.data + row * w.ld + i);
-    return __builtin_convertvector(__builtin_convertvector(q, vec_i32), vec);
+// Weights of the narrow types come out of 32-bit words with two shifts or one mask, which any
+// processor can do to a whole vector: a word holds per_word() of them. LANES words starting at
+// column i have, as part k, the columns i + k, i + P + k, i + 2 P + k, ... with P = per_word().
+static inline size_t per_word(enum Type type) { return type == F32 ? 1 : type == BF16 ? 2 : 4; }
+
+// Where column i of a row is. `type` is w.type, here and below a constant where this is inlined.
+static inline const void *place(Matrix w, size_t row, size_t i, enum Type type) {
+    return (const char *)w.data + (row * w.ld + i) *
+           (type == F32 ? sizeof(real) : type == BF16 ? sizeof(uint16_t) : sizeof(int8_t));
+}
+
+// Part k of the LANES words of a row that start at column i; in Q8 without the scale, which they
+// share.
+WIDE static inline __attribute__((always_inline)) vec load_part(Matrix w, size_t row, size_t i,
+                                                                size_t k, enum Type type) {
+    if (type == F32) return load(place(w, row, i, type));
+    const vec_u32 words = *(const uvec_u32 *)place(w, row, i, type);
+    if (type == Q8) return __builtin_convertvector((vec_i32)(words << (24 - 8 * k)) >> 24, vec);
+    const vec_u32 bits = k ? words & 0xFFFF0000u : words << 16;
+    vec_f32 x;
+    memcpy(&x, &bits, sizeof x);
+    return __builtin_convertvector(x, vec);
 }
 
 // The same with the scale.
 WIDE static inline __attribute__((always_inline)) vec load_scaled(Matrix w, size_t row, size_t i,
-                                                                  enum Type type) {
-    const vec x = load_row(w, row, i, type);
+                                                                  size_t k, enum Type type) {
+    const vec x = load_part(w, row, i, k, type);
     return type == Q8 ? x * w.scale[row * groups_of(w.ld) + i / GROUP] : x;
 }
 
-// Writes the transpose of LANES rows of b, columns k to k + LANES, to LANES rows of p (stride
-// TILE_COLS). Riffling the rows like two halves of a pack of cards, log2(LANES) times, transposes
-// them: every round moves the highest bit of the row's number to the lowest of the column's.
+// Writes LANES rows of b, part k of the words at column i, as columns of a panel: part k's columns
+// become rows P apart. Riffling the rows like two halves of a pack of cards, log2(LANES) times,
+// transposes them: every round moves the highest bit of the row's number to the lowest of the
+// column's.
 WIDE static inline __attribute__((always_inline)) void transpose_square(
-        real *p, Matrix b, size_t row, size_t k, enum Type type) {
+        real *panel, Matrix b, size_t row, size_t i, size_t k, enum Type type) {
+    const size_t stride = per_word(type) * TILE_COLS;
     vec x[LANES];
-    for (size_t i = 0; i < LANES; i++) x[i] = load_scaled(b, row + i, k, type);
+    for (size_t j = 0; j < LANES; j++) x[j] = load_scaled(b, row + j, i, k, type);
+    panel += k * TILE_COLS;
 #ifdef RIFFLE_LOW
     vec y[LANES];
     for (int round = 1; round < LANES; round *= 2) {
-        for (int i = 0; i < LANES / 2; i++) {
-            y[2 * i] = RIFFLE_LOW(x[i], x[i + LANES / 2]);
-            y[2 * i + 1] = RIFFLE_HIGH(x[i], x[i + LANES / 2]);
+        for (int j = 0; j < LANES / 2; j++) {
+            y[2 * j] = RIFFLE_LOW(x[j], x[j + LANES / 2]);
+            y[2 * j + 1] = RIFFLE_HIGH(x[j], x[j + LANES / 2]);
         }
-        for (int i = 0; i < LANES; i++) x[i] = y[i];
+        for (int j = 0; j < LANES; j++) x[j] = y[j];
     }
-    for (size_t i = 0; i < LANES; i++) *(uvec *)(p + i * TILE_COLS) = x[i];
+    for (size_t j = 0; j < LANES; j++) *(uvec *)(panel + j * stride) = x[j];
 #else
-    for (size_t i = 0; i < LANES; i++)
-        for (size_t j = 0; j < LANES; j++) p[i * TILE_COLS + j] = x[j][i];
+    for (size_t j = 0; j < LANES; j++)
+        for (size_t e = 0; e < LANES; e++) panel[j * stride + e] = x[e][j];
 #endif
 }
 
@@ -1309,19 +1322,30 @@ WIDE static inline __attribute__((always_inline)) void transpose_square(
 WIDE static inline __attribute__((always_inline)) void pack_of(
         real *panel, Matrix b, int transposed, size_t k0, size_t j0, size_t depth, size_t cols,
         enum Type type) {
-    const size_t whole = (cols + LANES - 1) / LANES * LANES;
+    const size_t whole = (cols + LANES - 1) / LANES * LANES, P = per_word(type);
+    if (!transposed) {
+        for (size_t k = 0; k < depth; k++) {
+            real *to = panel + k * TILE_COLS;
+            size_t j = 0;
+            for (; j + P * LANES <= cols; j += P * LANES)
+                for (size_t part = 0; part < P; part++) {
+                    const vec x = load_scaled(b, k0 + k, j0 + j, part, type);
+                    if (P == 1) *(uvec *)(to + j) = x;
+                    else for (size_t i = 0; i < LANES; i++) to[j + P * i + part] = x[i];
+                }
+            for (; j < whole; j++) to[j] = j < cols ? weight(b, k0 + k, j0 + j) : 0;
+        }
+        return;
+    }
     for (size_t j = 0; j < whole; j += LANES) {
         size_t k = 0;
-        if (cols - j >= LANES) {
-            for (; !transposed && k < depth; k++)
-                *(uvec *)(panel + k * TILE_COLS + j) = load_scaled(b, k0 + k, j0 + j, type);
-            for (; transposed && k + LANES <= depth; k += LANES)
-                transpose_square(panel + k * TILE_COLS + j, b, j0 + j, k0 + k, type);
-        }
+        if (cols - j >= LANES)
+            for (; k + P * LANES <= depth; k += P * LANES)
+                for (size_t part = 0; part < P; part++)
+                    transpose_square(panel + k * TILE_COLS + j, b, j0 + j, k0 + k, part, type);
         for (; k < depth; k++)
             for (size_t i = j; i < j + LANES; i++)
-                panel[k * TILE_COLS + i] = i >= cols ? 0 : transposed
-                    ? weight(b, j0 + i, k0 + k) : weight(b, k0 + k, j0 + i);
+                panel[k * TILE_COLS + i] = i < cols ? weight(b, j0 + i, k0 + k) : 0;
     }
 }
 
@@ -1356,44 +1380,74 @@ static void product_of(real *c, size_t ldc, const real *a, size_t ai, size_t ak,
     }
 }
 
-// y[0..4] (the last of them only where they exist) = x (in) times rows 4 j .. of w. Four rows of w
-// at a time keep enough loads on their way. In Q8 each group has its sum before it is scaled.
+// y[j .. j + 3] (of the `out` that there are) = rows j .. of w times x, or += with `add`, for `in`
+// columns from `first` on; x is in the order of spread(). Four rows of w at a time keep enough
+// loads on their way, and the next four are asked for early: the processor guesses by itself what
+// is read next only within a page of 4 KB. In Q8 the sum over a group is scaled.
 WIDE static inline __attribute__((always_inline)) void four_rows(
-        real *y, const real *x, Matrix w, size_t j, size_t in, size_t out, int add,
+        real *y, const real *x, Matrix w, size_t j, size_t first, size_t in, size_t out, int add,
         enum Type type) {
-    const size_t whole = in / LANES * LANES, step = type == Q8 ? GROUP : whole + !whole;
+    const size_t P = per_word(type), whole = in / (P * LANES) * (P * LANES);
+    const size_t step = type == Q8 ? GROUP : whole + !whole;
+    size_t row[4];
+    for (size_t k = 0; k < 4; k++) row[k] = j + k < out ? j + k : out - 1;
     vec s[4] = { { 0 } };
-    for (size_t first = 0; first < whole; first += step) {
-        const size_t end = whole - first < step ? whole : first + step;
+    for (size_t begin = 0; begin < whole; begin += step) {
+        const size_t end = whole - begin < step ? whole : begin + step;
         vec g[4] = { { 0 } };
-        for (size_t i = first; i < end; i += LANES)
+        for (size_t i = begin; i < end; i += P * LANES) {
             for (size_t k = 0; k < 4; k++)
-                g[k] += load(x + i) * load_row(w, j + k < out ? j + k : out - 1, i, type);
-        for (size_t k = 0; k < 4; k++) {
-            const size_t row = j + k < out ? j + k : out - 1;
-            s[k] += type == Q8 ? g[k] * w.scale[row * groups_of(w.ld) + first / GROUP] : g[k];
+                __builtin_prefetch(place(w, row[k] + 4, first + i, type));
+            for (size_t part = 0; part < P; part++)
+                for (size_t k = 0; k < 4; k++)
+                    g[k] += load(x + i + part * LANES) *
+                            load_part(w, row[k], first + i, part, type);
         }
+        for (size_t k = 0; k < 4; k++)
+            s[k] += type == Q8
+                ? g[k] * w.scale[row[k] * groups_of(w.ld) + (first + begin) / GROUP] : g[k];
     }
     for (size_t k = 0; k < 4 && j + k < out; k++) {
         real tail = 0;
-        for (size_t i = whole; i < in; i++) tail += x[i] * weight(w, j + k, i);
+        for (size_t i = whole; i < in; i++) tail += x[i] * weight(w, j + k, first + i);
         y[j + k] = (add ? y[j + k] : 0) + (add_lanes(s[k]) + tail);
+    }
+}
+
+// Copies n numbers of x to where load_part() wants them: of each P * LANES, those that belong to
+// part 0 come first. What is left over keeps its order.
+static void spread(real *to, const real *x, size_t n, size_t P) {
+    for (size_t i = 0; i < n; i++) {
+        const size_t block = i / (P * LANES) * (P * LANES), k = i - block;
+        to[block + P * LANES <= n ? block + k % P * LANES + k / P : i] = x[i];
     }
 }
 
 // y (n, out) = x (n, in) w (out, in)^T, or += with `add`, for few rows: every number of w is used n
 // times only, so what counts is reading it once, in order.
+enum { FEW = 3, FEW_COLS = 4096 };
 WIDE static void few_rows(real *y, size_t ldy, const real *x, size_t ldx, Matrix w,
                           size_t n, size_t in, size_t out, int add) {
-    #pragma omp parallel for schedule(static) if (worth_threads(in * out))
-    for (size_t j = 0; j < out; j += 4)
-        for (size_t t = 0; t < n; t++) {
-            real *yt = y + t * ldy;
-            const real *xt = x + t * ldx;
-            if (w.type == F32) four_rows(yt, xt, w, j, in, out, add, F32);
-            else if (w.type == BF16) four_rows(yt, xt, w, j, in, out, add, BF16);
-            else four_rows(yt, xt, w, j, in, out, add, Q8);
+    real ready[FEW * FEW_COLS];
+    size_t width = in, ld = ldx;
+    for (size_t first = 0; first < in; first += width, add = 1) {
+        const real *from = x;
+        if (w.type != F32) {
+            width = in - first < FEW_COLS ? in - first : FEW_COLS;
+            for (size_t t = 0; t < n; t++)
+                spread(ready + t * FEW_COLS, x + t * ldx + first, width, per_word(w.type));
+            from = ready, ld = FEW_COLS;
         }
+        #pragma omp parallel for schedule(static) if (worth_threads(width * out))
+        for (size_t j = 0; j < out; j += 4)
+            for (size_t t = 0; t < n; t++) {
+                real *yt = y + t * ldy;
+                const real *xt = from + t * ld;
+                if (w.type == F32) four_rows(yt, xt, w, j, first, width, out, add, F32);
+                else if (w.type == BF16) four_rows(yt, xt, w, j, first, width, out, add, BF16);
+                else four_rows(yt, xt, w, j, first, width, out, add, Q8);
+            }
+    }
 }
 
 // The three forms, n rows of activations each; += instead of = with `add`. An argument ld... is the
@@ -1402,7 +1456,7 @@ WIDE static void few_rows(real *y, size_t ldy, const real *x, size_t ldx, Matrix
 // y (n, out) = x (n, in) w (out, in)^T
 static void matmul_nt(real *y, size_t ldy, const real *x, size_t ldx, Matrix w,
                       size_t n, size_t in, size_t out, int add) {
-    if (n < 4) few_rows(y, ldy, x, ldx, w, n, in, out, add);
+    if (n <= FEW) few_rows(y, ldy, x, ldx, w, n, in, out, add);
     else product_of(y, ldy, x, ldx, 1, w, 1, n, out, in, add);
 }
 
@@ -1656,7 +1710,7 @@ static void state_free(State *s) { release(s->memory); s->memory = NULL; }
 // The factor on the scores: (dn + dr)^(-1/2), times YaRN's temperature (mscale_all_dim), squared
 // because it belongs to both q and k.
 static real attention_scale(const Config *c) {
-    double factor = c->rope_scaling_factor;
+    double factor = c->rope_scaling_type ? c->rope_scaling_factor : 1;
     double m = factor > 1 ? 0.1 * c->rope_scaling_mscale_all * log(factor) + 1 : 1;
     return (real)(m * m / sqrt((double)(c->qk_nope_head_dim + c->qk_rope_head_dim)));
 }

@@ -4,11 +4,11 @@
 # ///
 """Hugging Face checkpoints to model.bin and back.
 
-    python export.py CHECKPOINT_DIR model.bin [--dtype f32|bf16]   a checkpoint becomes one file
-    python export.py model.bin CHECKPOINT_DIR                      and a checkpoint again
-    python export.py CONFIG.json model.bin --init SEED             a fresh model
-    python export.py model.bin small.bin [--dtype bf16]            no training state, other weights
-    python export.py DEEPSEEK_V2_DIR model.bin --upcycle 2         DeepSeek-V2 becomes a CoE
+    python export.py CHECKPOINT_DIR model.bin [--dtype f32|bf16|q8]   a checkpoint becomes one file
+    python export.py model.bin CHECKPOINT_DIR                         and a checkpoint again
+    python export.py CONFIG.json model.bin --init SEED                a fresh model
+    python export.py model.bin small.bin [--dtype q8]                 no training state, other type
+    python export.py DEEPSEEK_V2_DIR model.bin --upcycle 2            DeepSeek-V2 becomes a CoE
 
 model.bin, little-endian, every part and every tensor at a multiple of 64 bytes:
 
@@ -25,7 +25,7 @@ model.bin, little-endian, every part and every tensor at a multiple of 64 bytes:
     +--------------------+  file_bytes
 
 Three sources (a checkpoint, a model.bin, random numbers) and two targets (a model.bin, a
-checkpoint) meet in tensors(): a target walks over it and asks its source for one array at a time.
+checkpoint) meet in tensors(): a target walks over it and asks its source for some rows at a time.
 
 Contents: [1] errors and files   [2] config   [3] tensors   [4] tokenizer
           [5] sources            [6] targets  [7] command line
@@ -165,7 +165,7 @@ ROPE, RESERVED = "rope_scaling.", ("reserved", "i", 0, 0)
 FILE_SLOTS = [Slot(*row) for row in (                          # slots 1..15
     ("file_bytes",              "i",  0, 2**62),   ("files_bytes",          "i",  0, 2**62),
     ("tokenizer_bytes",         "i",  0, 2**62),   ("state_bytes",          "i",  0, 2**62),
-    ("dtype",                   ("f32", "bf16")),              # of matrices; all else is f32
+    ("dtype",                   ("f32", "bf16", "q8")),        # of matrices; all else is f32
     ("tokenizer",               ("none", "bytes")),
     ("coe_weights",             "b"),                          # are there any: an upcycled model
     *[RESERVED] * 8,
@@ -210,12 +210,15 @@ TEXT_SLOTS = [Slot(*row) for row in (                          # slots 59..64
     ("repetition_penalty",      "f?", 1e-30, 1e9, -1.0),
     ("add_bos_token",           "b",  0, 1, False),            # of tokenizer_config.json
 )]
+DEFAULTS = {"generation_config.json": TEXT_SLOTS[:5], "tokenizer_config.json": TEXT_SLOTS[5:6]}
 SLOTS = FILE_SLOTS + MODEL_SLOTS + TEXT_SLOTS + [Slot(*RESERVED)] * 63    # to slot 127
 DEEPSEEK = {"inner_iter": 1, "inner_residual": False, "outer_residual": True, "use_igate": False}
 FIXED = {"hidden_act": "silu", "scoring_func": "softmax", "attention_dropout": 0.0,
-         "mlp_bias": False, "quantization_config": None}       # the only values that are computed
+         "mlp_bias": False, "quantization_config": None, ROPE + "truncate": True,
+         ROPE + "attention_factor": None}                      # the only values that are computed
 IGNORED = set("""model_type architectures auto_map transformers_version _name_or_path use_cache
-    pad_token_id ep_size pretraining_tp num_key_value_heads head_dim""".split())
+    pad_token_id ep_size pretraining_tp num_key_value_heads head_dim qk_head_dim
+    output_router_logits""".split())
 
 
 class Config(dict):
@@ -333,8 +336,9 @@ def config_to_json(c, model_type):
             rope[name.removeprefix(ROPE)] = c[name]
         elif coe or name not in DEEPSEEK:
             out[name] = None if "?" in kind and c[name] < low else c[name]
-    used = {"none": 0, "linear": 2, "yarn": len(rope)}[rope["type"]]
-    out["rope_scaling"] = dict(list(rope.items())[:used]) or None
+    linear = {"type", "factor", "mscale_all_dim" if rope["mscale_all_dim"] else "type"}
+    used = {"none": (), "linear": linear, "yarn": rope}[rope["type"]]
+    out["rope_scaling"] = {key: value for key, value in rope.items() if key in used} or None
     out |= {key: FIXED[key] for key in ("hidden_act", "scoring_func", "attention_dropout")}
     return to_json(out | {"ep_size": 1, "num_key_value_heads": c.num_attention_heads})
 
@@ -426,13 +430,27 @@ def tensors(c):
         yield Tensor("lm_head.weight", 1, (V, d), MATRIX)
 
 
+GROUP = 64              # q8: neighbours in a row that share a scale
+
+
 def stored_as(tensor, dtype):
-    """The numpy type of a tensor in a model.bin whose matrices have dtype."""
-    return np.dtype("bfloat16" if tensor.kind == MATRIX and dtype == "bf16" else "<f4")
+    """The numpy type of a tensor in a model.bin whose matrices have dtype; int8 stands for q8."""
+    kinds = {"f32": "<f4", "bf16": "bfloat16", "q8": "i1"}
+    return np.dtype(kinds[dtype] if tensor.kind == MATRIX else "<f4")
 
 
 def aligned(n):
     return (n + 63) // 64 * 64
+
+
+def copy_bytes(t, dtype):
+    """The bytes that a copy of a tensor takes in a model.bin. q8: the int8, the scales."""
+    kind = stored_as(t, dtype)
+    size = math.prod(t.shape) * kind.itemsize
+    if kind != np.int8:
+        return size
+    rows, cols = t.shape
+    return aligned(size) + aligned(4 * rows * -(-cols // GROUP))
 
 
 def layout(c):
@@ -440,8 +458,37 @@ def layout(c):
     at = 1024 + c.files_bytes + c.tokenizer_bytes
     for t in tensors(c):
         yield t, at
-        at = aligned(at + t.copies * math.prod(t.shape) * stored_as(t, c.dtype).itemsize)
+        at = aligned(at + t.copies * copy_bytes(t, c.dtype))
     yield None, at
+
+
+def blocks(t):
+    """A copy of a tensor as slices of rows, of about a million numbers: what is in memory at a
+    time, and few enough for the processor's cache."""
+    step = max(1, 2**20 // math.prod(t.shape[1:]))
+    return [slice(i, min(i + step, t.shape[0])) for i in range(0, t.shape[0], step)]
+
+
+def in_groups(x):
+    """(rows, groups, GROUP) of a matrix; zeros fill up the last group of a row."""
+    rows, cols = x.shape
+    return np.pad(x, ((0, 0), (0, -cols % GROUP))).reshape(rows, -1, GROUP)
+
+
+def quantise(x):
+    """The int8 and the scales of some rows. What dequantise makes of them has the same int8 and
+    the same scales, to the bit: the largest of a group is 127 times its scale."""
+    x, cols = in_groups(x.astype(np.float32, copy=False)), x.shape[1]
+    scale = np.abs(x).max(2) / np.float32(127)
+    x /= np.where(scale > 0, scale, np.inf)[:, :, None]        # a group of zeros stays one
+    np.rint(x, out=x)
+    np.clip(x, -127, 127, out=x)                               # where the scale is subnormal
+    return x.astype(np.int8).reshape(len(x), -1)[:, :cols], scale
+
+
+def dequantise(q, scale):
+    x = in_groups(q.astype(np.float32)) * scale[:, :, None]
+    return x.reshape(len(x), -1)[:, :q.shape[1]]
 
 
 def describe(c):
@@ -479,12 +526,18 @@ def byte_tokenizer(c):
     byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True,
                   "use_regex": False}
     special = {256: "<|beginoftext|>", 257: "<|endoftext|>"}   # a model of train.c uses only 257
+    with_bos, bos = None, special.get(c.bos_token_id)
+    if c.add_bos_token and bos:            # transformers does not look at add_bos_token itself
+        one = [{"SpecialToken": {"id": bos, "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}]
+        with_bos = {"type": "TemplateProcessing", "single": one,
+                    "pair": [*one, {"Sequence": {"id": "B", "type_id": 1}}],
+                    "special_tokens": {bos: {"id": bos, "ids": [c.bos_token_id], "tokens": [bos]}}}
     tokenizer = {
         "version": "1.0", "truncation": None, "padding": None,
         "added_tokens": [{"id": i, "content": text, "single_word": False, "lstrip": False,
                           "rstrip": False, "normalized": False, "special": True}
                          for i, text in special.items()],
-        "normalizer": None, "pre_tokenizer": byte_level, "post_processor": None,
+        "normalizer": None, "pre_tokenizer": byte_level, "post_processor": with_bos,
         "decoder": byte_level,
         "model": {"type": "BPE", "dropout": None, "unk_token": None,
                   "continuing_subword_prefix": None, "end_of_word_suffix": None,
@@ -516,11 +569,40 @@ def tokenizer_kind(path, c):
     return "bytes"
 
 
-# ---- [5] sources: .path, .config, .files {name: bytes}, .read(tensor, copy) -> array ------------
+# ---- [5] sources: .path, .config, .files {name: bytes}, .read(tensor, copy, rows) -> array ------
+
+def bytes_at(file, path, offset, size):
+    with blame(path):
+        data = bytearray(size)
+        file.seek(offset)
+        if file.readinto(data) != size:
+            die(path, f"ends before byte {offset + size}")
+    return data
+
+
+def rows_at(file, path, offset, kind, rows, width=()):
+    """Some rows of an array whose first row is at offset. width: the shape of a row."""
+    size, n = math.prod(width) * kind.itemsize, rows.stop - rows.start
+    data = bytes_at(file, path, offset + rows.start * size, n * size)
+    return np.frombuffer(data, kind).reshape(n, *width)
+
+
+def defaults_in(files, folder):
+    """{slot: value} of what generation_config.json and tokenizer_config.json say."""
+    out = {}
+    for name, slots in DEFAULTS.items():
+        path = os.path.join(folder, name)
+        found = parse_json(files[name], path) if name in files else {}
+        if found.get("do_sample") is False:
+            found["temperature"] = 0
+        out |= {s.name: check(s, found[s.name], path) for s in slots if s.name in found}
+    return out
+
 
 class Checkpoint:
     """A folder with config.json, safetensors and maybe a tokenizer. All tensors are checked before
-    anything is written; one at a time is in memory."""
+    anything is written."""
+    TYPES = {"F32": np.dtype("<f4"), "BF16": np.dtype("bfloat16"), "F16": np.dtype("<f2")}
     HINTS = {"e_score_correction_bias": "sigmoid scoring is not computed",
              "weight_scale_inv": "fp8 weights are not read, convert them to bfloat16",
              "lm_head": "tie_word_embeddings is true"}
@@ -530,36 +612,29 @@ class Checkpoint:
         file = lambda name: os.path.join(folder, name)
         self.config = c = config_from_json(read_json(file("config.json")), file("config.json"))
         c["tokenizer"] = tokenizer_kind(file("tokenizer.json"), c)
-        self.where = {}                                        # tensor name -> open file, its path
+        self.where = {}                    # tensor name -> open file, its path, type, shape, offset
         for path, names in self.shards():
-            with blame(path):
-                # The library checks the header. pread: mapped pages would count as our memory.
-                f = safe_open(path, framework="numpy", backend="pread")
+            # The library checks the header, but for names that occur twice. To read some rows it
+            # would read the whole tensor, so that is done here.
+            with blame(path), safe_open(path, framework="numpy", backend="pread") as f:
                 found = set(f.keys())
-            with open_file(path) as raw:                       # all but for names that occur twice
-                parse_json(raw.read(int.from_bytes(raw.read(8), "little")), path)
+            f = open_file(path)
+            start = 8 + int.from_bytes(f.read(8), "little")
+            header = parse_json(f.read(start - 8), path)
             for name in sorted(found ^ (names or found)):
                 die(path, f"tensor {name} " + ("is here, but not in the index" if name in found
                                                else "is not here, where the index says it is"))
-            self.where |= {name: (f, path) for name in found}
+            self.where |= {name: (f, path, header[name]["dtype"], header[name]["shape"],
+                                  start + header[name]["data_offsets"][0]) for name in found}
         c["coe_weights"] = any(".mlp.coe_weights." in name for name in self.where)
         check_together(c, folder)
         self.check_tensors()
-        self.held = None, None                                 # the last tensor: name, array
         self.files = {}
         for name in FILES:
             if os.path.lexists(file(name)):
                 with open_file(file(name)) as f:
                     self.files[name] = f.read()
-        c["add_bos_token"] = c.tokenizer == "bytes"
-        for name, slots in (("generation_config.json", TEXT_SLOTS[:-1]),
-                            ("tokenizer_config.json", TEXT_SLOTS[-1:])):
-            found = read_json(file(name)) if name in self.files else {}
-            if found.get("do_sample") is False:
-                found["temperature"] = 0
-            for slot in slots:
-                if slot.name in found:
-                    c[slot.name] = check(slot, found[slot.name], file(name))
+        c |= {"add_bos_token": c.tokenizer == "bytes"} | defaults_in(self.files, folder)
 
     def shards(self):
         """(path, the tensors that the index says are in it; without an index None)"""
@@ -590,11 +665,10 @@ class Checkpoint:
                 if name not in self.where:
                     die(self.path, f"tensor {name} {list(shape)} is missing")
                 if name not in known:                          # else another part of a fused one
-                    f, path = self.where[name]
-                    found, dtype = f.get_slice(name).get_shape(), f.get_slice(name).get_dtype()
+                    _, path, dtype, found, _ = self.where[name]
                     if found != list(shape):
                         die(path, f"tensor {name} is {found}, must be {list(shape)}")
-                    if dtype not in ("F32", "BF16", "F16"):
+                    if dtype not in self.TYPES:
                         die(path, f"tensor {name} is {dtype}, must be F32, BF16 or F16")
                     known.add(name)
                     types.add(dtype)
@@ -605,26 +679,22 @@ class Checkpoint:
         self.config["torch_dtype"] = "bfloat16" if types == {"BF16"} else "float32"
 
     def place(self, t, i):
-        """(name in the checkpoint, its shape, which part of it). A layer's experts may be fused in
-        one tensor, with gate_proj's rows above up_proj's."""
+        """(name in the checkpoint, its shape, the first row of the copy). A layer's experts may be
+        fused in one tensor, with gate_proj's rows above up_proj's."""
         before, experts, part = t.name.partition("experts.{}.")
         fused = before + "experts." + ("down_proj" if part.startswith("down") else "gate_up_proj")
         if not experts or fused not in self.where:
-            return t.name.format(i), t.shape, ()
+            return t.name.format(i), t.shape, 0
         rows, cols = t.shape
         if part.startswith("down"):
-            return fused, (t.copies, rows, cols), i
-        first = rows if part.startswith("up") else 0
-        return fused, (t.copies, 2 * rows, cols), (i, slice(first, first + rows))
+            return fused, (t.copies, rows, cols), i * rows
+        return fused, (t.copies, 2 * rows, cols), (2 * i + part.startswith("up")) * rows
 
-    def read(self, t, i):
-        name, _, part = self.place(t, i)
-        if self.held[0] != name:
-            self.held = None, None                             # free the last before the next
-            f, path = self.where[name]
-            with blame(path):
-                self.held = name, f.get_tensor(name)
-        return self.held[1][part]
+    def read(self, t, i, rows):
+        name, _, first = self.place(t, i)
+        f, path, dtype, _, offset = self.where[name]
+        rows = slice(first + rows.start, first + rows.stop)
+        return rows_at(f, path, offset, self.TYPES[dtype], rows, t.shape[1:])
 
 
 class ModelBin:
@@ -643,8 +713,8 @@ class ModelBin:
         if not size == c.file_bytes == at + c.state_bytes:
             die(path, f"has {size} bytes, says {c.file_bytes}, and its header adds up to "
                 f"{at + c.state_bytes}{' or more' if t else ''}")
-        self.files = dict(self.embedded(self.bytes_at(1024, c.files_bytes)))
-        self.tokenizer_section = self.bytes_at(1024 + c.files_bytes, c.tokenizer_bytes)
+        self.files = dict(self.embedded(bytes_at(self.file, path, 1024, c.files_bytes)))
+        self.tokenizer_section = bytes_at(self.file, path, 1024 + c.files_bytes, c.tokenizer_bytes)
 
     def embedded(self, section):
         at = 0
@@ -658,19 +728,14 @@ class ModelBin:
             yield name, section[at + 64 : at + 64 + size]
             at = aligned(at + 64 + size)
 
-    def bytes_at(self, offset, size):
-        with blame(self.path):
-            data = bytearray(size)
-            self.file.seek(offset)
-            if self.file.readinto(data) != size:
-                die(self.path, f"ends before byte {offset + size}")
-        return data
-
-    def read(self, t, i):
+    def read(self, t, i, rows):
         kind = stored_as(t, self.config.dtype)
-        size = math.prod(t.shape) * kind.itemsize
-        data = self.bytes_at(self.offset[t.name] + i * size, size)
-        return np.frombuffer(data, kind).reshape(t.shape)
+        at = self.offset[t.name] + i * copy_bytes(t, self.config.dtype)
+        x = rows_at(self.file, self.path, at, kind, rows, t.shape[1:])
+        if kind != np.int8:
+            return x
+        at, groups = at + aligned(math.prod(t.shape)), -(-t.shape[1] // GROUP)
+        return dequantise(x, rows_at(self.file, self.path, at, np.dtype("<f4"), rows, (groups,)))
 
 
 class Fresh:
@@ -680,15 +745,16 @@ class Fresh:
         self.config = config_from_json(read_json(path), path)
         self.random = np.random.default_rng(seed)
 
-    def read(self, t, i):
+    def read(self, t, i, rows):
+        shape = rows.stop - rows.start, *t.shape[1:]
         if t.kind == NORM:
-            return np.ones(t.shape, np.float32)
+            return np.ones(shape, np.float32)
         if t.kind == BIAS:
-            return np.zeros(t.shape, np.float32)
+            return np.zeros(shape, np.float32)
         if t.kind == GATE:
             bound = np.float32(self.config.hidden_size ** -0.5)
-            return self.random.random(t.shape, np.float32) * 2 * bound - bound
-        x = self.random.standard_normal(t.shape, np.float32)
+            return self.random.random(shape, np.float32) * 2 * bound - bound
+        x = self.random.standard_normal(shape, np.float32)
         x *= np.float32(self.config.initializer_range)
         return x
 
@@ -709,21 +775,39 @@ def upcycle(source, C):
     source.config = Config(c, inner_iter=C, use_igate=True, inner_residual=True, coe_weights=True)
     old_gate = "gate.{}." if c.use_igate else "gate."
 
-    def read_upcycled(t, i):
+    def read_upcycled(t, i, rows):
         if t.kind == COE:
-            return np.zeros(t.shape, np.float32)
+            return np.zeros(rows.stop - rows.start, np.float32)
         if t.kind == GATE:
-            return read(t._replace(name=t.name.replace("gate.{}.", old_gate)), 0)
-        return read(t, i)
+            return read(t._replace(name=t.name.replace("gate.{}.", old_gate)), 0, rows)
+        return read(t, i, rows)
     source.read = read_upcycled
 
 
 # ---- [6] targets ------------------------------------------------------------------------------
 
-def write_array(f, array, kind, progress):
-    array = np.ascontiguousarray(array.astype(kind, copy=False))
-    f.write(array.reshape(-1).view(np.uint8).data)
+def write_array(f, array, progress):
+    f.write(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)
     progress.add(array.nbytes)
+
+
+def write_copy(f, source, t, i, kind, progress):
+    """A copy of a tensor, as numbers of this kind or, for int8, as q8 has it."""
+    scales = []
+    for rows in blocks(t):
+        x = source.read(t, i, rows)
+        if kind == np.int8:
+            x, scale = quantise(x)
+            if not np.isfinite(scale).all():                   # NaN and infinity come through
+                die(source.path, f"tensor {t.name.format(i)} has weights that are not finite, "
+                    "q8 cannot hold them")
+            scales.append(scale)
+        write_array(f, x.astype(kind, copy=False), progress)
+    if scales:
+        f.write(bytes(-f.tell() % 64))
+        for scale in scales:
+            write_array(f, scale, progress)
+        f.write(bytes(-f.tell() % 64))
 
 
 def write_bin(source, path, dtype):
@@ -743,9 +827,51 @@ def write_bin(source, path, dtype):
         for t, offset in places:
             f.write(bytes(offset - f.tell()))
             for i in range(t.copies):
-                write_array(f, source.read(t, i), stored_as(t, dtype), progress)
+                write_copy(f, source, t, i, stored_as(t, dtype), progress)
         f.write(bytes(c.file_bytes - f.tell()))
         progress.add(0, last=True)
+
+
+def with_defaults(source):
+    """The embedded files as they go into a checkpoint: verbatim, but where the header has other
+    defaults than generation_config.json or tokenizer_config.json, these follow (train's options
+    change the header)."""
+    c, files = source.config, dict(source.files)
+    said = {s.name: s.default for s in TEXT_SLOTS} | {"add_bos_token": c.tokenizer == "bytes"}
+    said |= defaults_in(files, source.path)
+    for name, slots in DEFAULTS.items():
+        if all(c[s.name] == said[s.name] for s in slots):
+            continue
+        old = parse_json(files[name], name) if name in files else None
+        new = {s.name: c[s.name] for s in slots if c[s.name] != s.default or s.kind == "b"}
+        if name == "generation_config.json":
+            if old is None:                # as transformers would make it from config.json
+                ids = "bos_token_id", "eos_token_id"
+                old = {key: c[key] if c[key] >= 0 else None for key in ids}
+            if new:                        # greedy is no temperature there, but this flag
+                new["do_sample"] = new.get("temperature") != 0
+            if not c.temperature:
+                del new["temperature"]
+            old = {k: v for k, v in old.items() if k not in {"do_sample", *said}}
+        if old is not None:                # a tokenizer's file is not made up
+            files[name] = to_json(old | new)
+    return files
+
+
+def warn_of_transformers(c, path):
+    """Names what is part of DeepSeek-V2, but not of transformers' class of that name."""
+    n, all_n = c[ROPE + "mscale"], c[ROPE + "mscale_all_dim"]
+    yarn = c[ROPE + "type"] == "yarn" and c[ROPE + "factor"] > 1
+    for differs, what in (
+            (c.norm_topk_prob and c.num_experts_per_tok > 1, "norm_topk_prob true"),
+            (c.moe_layer_freq > 1, f"moe_layer_freq {c.moe_layer_freq}"),
+            (not c.n_shared_experts, "n_shared_experts null"),
+            (not c.n_routed_experts, "n_routed_experts null"),
+            (c.hidden_size % c.num_attention_heads, "hidden_size no multiple of the heads"),
+            (yarn and not (n and all_n) and (n, all_n) != (1, 0),
+             f"rope_scaling.mscale {n} with mscale_all_dim {all_n}")):
+        if differs:
+            note(f"{path}: warning: transformers' DeepseekV2ForCausalLM does not know {what}")
 
 
 def write_checkpoint(source, folder, model_type):
@@ -758,6 +884,7 @@ def write_checkpoint(source, folder, model_type):
     places = {t.name.format(i): (t, i) for t in tensors(c) for i in range(t.copies)}
     if model_type == "deepseek_v2":
         must_be_deepseek(source, "a deepseek_v2 has")
+        warn_of_transformers(c, folder)
         places = {name.replace(".gate.0.", ".gate."): place for name, place in places.items()}
     places = dict(sorted(places.items()))
     header, size = {"__metadata__": {"format": "pt"}}, 0
@@ -768,7 +895,7 @@ def write_checkpoint(source, folder, model_type):
     header = json.dumps(header, separators=(",", ":")).encode()
     header += b" " * (-len(header) % 8)
 
-    files = dict(source.files)
+    files = with_defaults(source)
     if c.tokenizer == "bytes":
         for name, value in zip(("tokenizer.json", "tokenizer_config.json"), byte_tokenizer(c)):
             files.setdefault(name, to_json(value))
@@ -777,7 +904,7 @@ def write_checkpoint(source, folder, model_type):
         progress = Progress(c, size)
         f.write(struct.pack("<Q", len(header)) + header)
         for t, i in places.values():
-            write_array(f, source.read(t, i), kind, progress)
+            write_copy(f, source, t, i, kind, progress)
         for other, data in zip(others, files.values()):
             other.write(data)
         progress.add(0, last=True)
@@ -802,14 +929,14 @@ def arguments():
     p = Parser(
         prog="export.py", allow_abbrev=False,
         description="Converts Hugging Face checkpoints (coe_deepseekv2, deepseek_v2) to model.bin "
-        "and back, one tensor in memory at a time.",
+        "and back, some rows of a tensor in memory at a time.",
         epilog="SOURCE is a folder, a model.bin or, with --init, a config.json. From a model.bin, "
         "TARGET is a folder if there is one of that name, or if it does not end in .bin and is no "
         "file; else a model.bin. Exit codes: 0 done, 1 failed, 2 wrong usage, 130 interrupted.")
     p.add_argument("source", metavar="SOURCE")
     p.add_argument("target", metavar="TARGET")
-    p.add_argument("--dtype", choices=("f32", "bf16", "q8"), help="type of model.bin's matrices; "
-                   "norms, gates and biases are always f32, and q8 is not implemented yet "
+    p.add_argument("--dtype", choices=("f32", "bf16", "q8"), help="type of model.bin's matrices: "
+                   "4, 2 or about 1.06 bytes a weight; norms, gates and biases are always f32 "
                    "(default: as in SOURCE, if that is a model.bin, else f32)")
     p.add_argument("--init", metavar="SEED", type=number(0, 2**64 - 1),
                    help="fresh weights, 0..2^64-1 (default: SOURCE has the weights)")
@@ -821,8 +948,6 @@ def arguments():
     a = p.parse_args()
     a.to_folder = a.init is None and not os.path.isdir(a.source) and (
         os.path.isdir(a.target) or not a.target.endswith(".bin") and not os.path.exists(a.target))
-    if a.dtype == "q8":
-        p.error("argument --dtype: q8 is not implemented yet, must be f32 or bf16")
     if a.dtype and a.to_folder:
         p.error("argument --dtype: is for a model.bin, a checkpoint has its config's torch_dtype")
     if a.model_type and not a.to_folder:
@@ -840,6 +965,8 @@ def main():
             source = Checkpoint(a.source) if os.path.isdir(a.source) else ModelBin(a.source)
         if a.upcycle:
             upcycle(source, a.upcycle)
+        if source.config.dtype == "q8" and (a.to_folder or a.dtype not in (None, "q8")):
+            note(f"{a.source}: warning: its matrices are q8, they stay rounded to that")
         if a.to_folder:
             write_checkpoint(source, a.target, a.model_type or "coe_deepseekv2")
         else:

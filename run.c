@@ -547,8 +547,8 @@ static size_t cache_bytes(const Config *c) {
 }
 
 // Operations, a product and its sum being 2, for n tokens at positions pos ... and the logits of
-// the last one: the matrices, and attention to all that each token sees, in one of the two forms of
-// [9] in coe.c.
+// the last one, which alone passes the last layer's experts: the matrices, and attention to all
+// that each token sees, in one of the two forms of [9] in coe.c.
 static double operations(const Model *m, double n, double pos) {
     const Config *c = &m->config;
     const double head = (double)(c->vocab_size * c->hidden_size);
@@ -557,7 +557,9 @@ static double operations(const Model *m, double n, double pos) {
     const double per_key = pos == 0 && n > 1
         ? (double)(c->qk_nope_head_dim + c->qk_rope_head_dim + c->v_head_dim)
         : (double)(c->kv_lora_rank + c->qk_rope_head_dim + c->kv_lora_rank);
-    return 2 * (n * ((double)count_parameters(m).active - head) + head + keys * per_key * heads);
+    const Parameters p = count_parameters(m);
+    const double before = (double)p.active - head - (double)p.last_ffn;     // of the last row alone
+    return 2 * (n * before + (double)p.last_ffn + head + keys * per_key * heads);
 }
 
 // Seconds per token, on random ones: the first `prompt` at once; then, from `before` on, n one by

@@ -1099,8 +1099,9 @@ static double learning_rate(const Recipe *r, int64_t step) {
 // step counts from 0:
 //     m = b1 m + (1 - b1) g     v = b2 v + (1 - b2) g^2
 //     w = w - lr weight_decay w - lr m / (1 - b1^(step+1)) / (sqrt(v / (1 - b2^(step+1))) + eps)
-static void adamw(real *w, real *m, real *v, const real *g, size_t n, const Recipe *r, int64_t step,
-                  double clip) {
+// It leaves 0 in g, where the next step adds up its gradients: g is in the cache here.
+static void adamw(real *restrict w, real *restrict m, real *restrict v, real *restrict g, size_t n,
+                  const Recipe *r, int64_t step, double clip) {
     const double correction1 = 1 - pow(r->adam_beta1, (double)step + 1);
     const double correction2 = 1 - pow(r->adam_beta2, (double)step + 1);
     const double rate = learning_rate(r, step);
@@ -1116,6 +1117,7 @@ static void adamw(real *w, real *m, real *v, const real *g, size_t n, const Reci
             m[i] = b1 * m[i] + c1 * gi;
             v[i] = b2 * v[i] + c2 * gi * gi;
             w[i] = keep * w[i] - size * m[i] / ((real)sqrt(v[i]) * root + eps);
+            g[i] = 0;
         }
 }
 
@@ -1419,16 +1421,13 @@ static void show_progress(const Run *run, double loss, double rate, double token
             loss, rate, tokens_per_s, left, terminal && !last ? "  " : "\n");
 }
 
-// One step: gradients of the batch in micro-batches, clipping, AdamW. Returns the losses; *norm is
-// the gradient's before clipping. Ends the program where one of them is not finite.
-static Loss train_step(Run *run, double *norm) {
+// Adds the gradient of one batch, the one at run->step, to run->grad. Returns its losses.
+static Loss batch_gradient(Run *run) {
     const Recipe *r = &run->recipe;
     const size_t B = (size_t)r->batch_size, L = (size_t)r->max_length,
-        at_once = run->state.rows / L, size = run->model.w.size;
+        at_once = run->state.rows / L;
     Loss loss = { 0, 0 };
-    phase(REST);
     next_batch(&run->data, (uint64_t)run->step, run->inputs, run->targets, run->window);
-    memset(run->grad, 0, size * sizeof(real));
     for (size_t b = 0; b < B; b += at_once) {
         const size_t n = B - b < at_once ? B - b : at_once;
         Loss part = backward(&run->model, &run->dw, &run->state, &run->g, run->inputs + b * L,
@@ -1437,6 +1436,17 @@ static Loss train_step(Run *run, double *norm) {
         loss.loss += part.loss;
         loss.aux += part.aux;
     }
+    return loss;
+}
+
+
+// One step: gradients of the batch in micro-batches, clipping, AdamW. Returns the losses; *norm is
+// the gradient's before clipping. Ends the program where one of them is not finite.
+static Loss train_step(Run *run, double *norm) {
+    const Recipe *r = &run->recipe;
+    const size_t size = run->model.w.size;
+    phase(REST);
+    const Loss loss = batch_gradient(run);
     phase(REST);
     *norm = gradient_norm(run->grad, size);
     if (!isfinite(loss.loss) || !isfinite(*norm))
@@ -1684,7 +1694,7 @@ static void show_documents(const Run *run, const Stream *s, int64_t n, int held_
     }
 }
 
-// A model with new weights, as the options describe it; its context is at least a window long.
+// A new model, as the options describe it, still without weights; its context is at least a window long.
 static void fresh_model(Run *run, const Options *tables) {
     Model *m = &run->model;
     Config *c = &m->config;
@@ -1695,10 +1705,7 @@ static void fresh_model(Run *run, const Options *tables) {
     if (*run->job.tokenizer) take_tokenizer(run, tables, 1);
     else choose_tokenizer(run, tables);
     config_check(c, "options", WRONG_USAGE);
-    m->w = weights_layout(c, 0, F32);
-    m->weights = allocate(product(m->w.size, sizeof(real)), "the weights");
-    weights_bind(&m->w, m->weights);
-    weights_init(m, (uint64_t)run->recipe.seed);
+    m->w = weights_layout(c, 0, F32);           // make_room() gives them memory and values
 }
 
 // Ends the program unless the data is what the checkpoint of --resume was trained on.
@@ -1734,14 +1741,42 @@ static void prepare(Run *run, const Options *tables) {
     if (*job->resume) check_resumed_data(run, &resumed);
 }
 
-// Memory for gradients, moments and activations, and the place in the data that belongs to
-// run->step.
+// Prints what training will take, by kind, with `rows` tokens at once. Fails if the machine has
+// less: it would go on, but on its disk.
+static void check_memory(const Run *run, size_t rows) {
+    const Config *c = &run->model.config;
+    const size_t L = (size_t)run->recipe.max_length;
+    const double numbers = 1e-6 * sizeof(real) * (double)run->model.w.size;
+    State s = { .rows = rows, .context = L, .keep = 1 };
+    Gradients g = { 0 };
+    Arena kept = { 0 }, other = { 0 };
+    state_layout(&s, c, &kept);
+    gradients_layout(&g, c, rows, L, &other);
+    const double activations = 1e-6 * ((double)kept.used + (double)other.used);
+    fprintf(stderr, "memory: weights %.1f MB, gradients %.1f MB, moments %.1f MB, "
+            "activations %.1f MB\n", numbers, numbers, 2 * numbers, activations);
+#ifdef _SC_PHYS_PAGES
+    const double there = 1e-6 * (double)sysconf(_SC_PHYS_PAGES) * (double)sysconf(_SC_PAGESIZE);
+    if (4 * numbers + activations > there)
+        fail(FAILED, "training takes %.1f MB of memory, this machine has %.1f MB: a smaller model, "
+             "--micro_batch_size or --max_length takes less", 4 * numbers + activations, there);
+#endif
+}
+
+// Memory for everything that training needs, the weights of a new model among it, and the place in
+// the data that belongs to run->step.
 static void make_room(Run *run) {
-    const Model *m = &run->model;
+    Model *m = &run->model;
     Recipe *r = &run->recipe;
     const size_t B = (size_t)r->batch_size, L = (size_t)r->max_length;
     const int in_parts = r->micro_batch_size && r->micro_batch_size < r->batch_size;
     const size_t at_once = in_parts ? (size_t)r->micro_batch_size : B;
+    check_memory(run, product(at_once, L));
+    if (!m->weights) {
+        m->weights = allocate(product(m->w.size, sizeof(real)), "the weights");
+        weights_bind(&m->w, m->weights);
+        weights_init(m, (uint64_t)r->seed);
+    }
     run->dw = weights_layout(&m->config, m->coe_weights, F32);
     run->grad = allocate(product(m->w.size, sizeof(real)), "the gradients");
     weights_bind(&run->dw, run->grad);
@@ -1752,11 +1787,6 @@ static void make_room(Run *run) {
     run->inputs = allocate(product(B * L, sizeof(int)), "a batch");
     run->targets = allocate(product(B * L, sizeof(int)), "a batch");
     run->window = allocate((L + 1) * sizeof(int), "a window");
-    const double numbers = (double)m->w.size;
-    const double activations = (double)(run->state.memory_bytes + run->g.memory_bytes);
-    fprintf(stderr, "memory: weights %.1f MB, gradients %.1f MB, moments %.1f MB, "
-            "activations %.1f MB\n",
-            4e-6 * numbers, 4e-6 * numbers, 8e-6 * numbers, 1e-6 * activations);
     for (int64_t i = 0; run->data.built_in && i < run->step * r->batch_size; i++)
         next_made_window(&run->data, run->window);
 }

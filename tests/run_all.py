@@ -5,7 +5,8 @@
 
 The last line is "N passed, N failed, N skipped". Python's standard library and a C compiler are
 enough; what more is there is used: pip, to set up numpy and safetensors for the tests of export.py
-in build/venv, and PyTorch, to compare everything with an independent implementation. The Makefile
+in build/venv, PyTorch, to compare everything with an independent implementation, matplotlib, and
+a Chromium, in which the page of experiments/viewer.py is tried. The Makefile
 hands over how it compiles; without it these are the same commands with their defaults.
 """
 import glob
@@ -198,6 +199,8 @@ def main():
                             ("test_task", "./train"),
                             ("test_bench", "./train", "./run", "build/bench")):
             groups.append((name + ".py", [sys.executable, f"tests/{name}.py", *args]))
+        groups.append(("test_experiments.py", [python_with("matplotlib") or sys.executable,
+                                               "tests/test_experiments.py", "./train", "./run"]))
         list(pool.map(run_tests, [*python_groups(), *groups]))
     print(f"{time.monotonic() - start:.0f} s")
     print("{passed} passed, {failed} failed, {skipped} skipped".format(**total))

@@ -249,6 +249,8 @@ def test_contradictions(folder):
     bad("resumed in another order", 2, ["sequential"], *resume, *data, "--sequential")
     bad("resumed with other data", 1, [here("other")], *resume, "-d", here("other"))
     bad("resumed without its data", 1, ["--data"], *resume)
+    bad("more memory than there is", 1, ["training takes", "this machine has", "micro_batch_size"],
+        "-b", 10 ** 6, "-l", 200)
     bad("--init and --resume", 2, ["--init", "--resume"], *resume, "--init", here("a.bin"), *data)
     good("the built-in task", *SMALL, "-x", 1, "--eval_problems", 0, "-o", here("task.bin"))
     bad("resumed with data instead", 1, ["--data"], "--resume", here("task.bin"), *data)

@@ -1,0 +1,73 @@
+#!/usr/bin/env python3
+"""Makes a page that shows the routing of a text, token by token.
+
+    ./run demo.bin -t 0 --trace trace.tsv -i "question: Tom had 9 figs and lost 7. Now?"
+    python3 experiments/viewer.py demo.bin trace.tsv -o routing.html
+
+The page is one file that needs no network and no server: open it in any browser. Everything counts
+from 0, as in the trace. A part of the page can be linked to: what is chosen is in its address.
+"""
+import argparse
+import base64
+import json
+import os
+import re
+import sys
+from array import array
+
+from common import ROOT, command_line, write_file
+from tracefile import Model, Trace
+
+PARTS = os.path.join(ROOT, "experiments", "viewer")
+
+
+def packed(kind, numbers):
+    """Numbers as little-endian binary in base64: a page for 2,000 tokens stays below a megabyte."""
+    numbers = array(kind, numbers)
+    if sys.byteorder == "big":
+        numbers.byteswap()
+    return base64.b64encode(numbers.tobytes()).decode()
+
+
+def flat(chains):
+    """All numbers of experts or weights in the order layer, iteration, position, rank."""
+    return [x for chain in chains.values() for call in chain for token in call for x in token]
+
+
+def data(trace):
+    """What the page has to know, as JSON; "<" is escaped because it goes into a <script>."""
+    model = trace.model
+    facts = {"model": os.path.basename(model.path), "E": model.experts, "K": model.chosen,
+             "C": model.iterations, "shared": model.shared, "layers": list(trace.experts),
+             "tokens": trace.tokens, "labels": trace.labels(),
+             "experts": packed("H", flat(trace.experts)),
+             "weights": packed("f", flat(trace.weights))}
+    return json.dumps(facts, separators=(",", ":")).replace("<", "\\u003c")
+
+
+def page(trace):
+    """viewer/page.html with the files it names in {{}} put in their places, and the trace."""
+    def part(match):
+        if match[1] == "trace":
+            return data(trace)
+        with open(os.path.join(PARTS, match[1]), encoding="utf-8") as f:
+            return f.read().rstrip()
+    with open(os.path.join(PARTS, "page.html"), encoding="utf-8") as f:
+        return re.sub(r"\{\{(.+?)\}\}", part, f.read())
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model", help="the model.bin that wrote the trace")
+    parser.add_argument("trace", help="what ./run --trace wrote")
+    parser.add_argument("-o", "--output", default="routing.html", help="[routing.html]")
+    args = parser.parse_args()
+    trace = Trace(args.trace, Model(args.model))
+    write_file(args.output, page(trace))
+    print(f"{args.output}: {len(trace.tokens)} tokens, {os.path.getsize(args.output)} bytes",
+          file=sys.stderr)
+
+
+if __name__ == "__main__":
+    command_line(main)
