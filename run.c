@@ -5,7 +5,7 @@
 // and one function for each --mode. For the heart of it, read [4] and generate() in [5].
 //
 //   [1] options          [4] the model at work     [7] bench and info
-//   [2] text and tokens  [5] generate              [8] main
+//   [2] text and tokens  [5] generate and chat     [8] main
 //   [3] output files     [6] eval
 #include "coe.c"
 
@@ -82,6 +82,7 @@ static const char USAGE[] =
     "\n"
     "  ./run model.bin -i \"Once upon a time\"           continue a text\n"
     "  ./run model.bin -t 0 -n 24 --ids -i \"5 17 3\"    likeliest token each time, as ids\n"
+    "  ./run model.bin -m chat                         a conversation, line by line\n"
     "  ./run model.bin -m eval -f text.txt             how well the model predicts a text\n"
     "  ./run model.bin -m info                         what is in the file\n"
     "\n"
@@ -94,6 +95,9 @@ static const char NOTES[] =
     "Text gets BOS in front where the model asks for it (add_bos_token); names of special tokens\n"
     "in it become their ids. With --ids the end-of-text token that ends the output is printed as\n"
     "well, and so is the BOS that stands in for an empty prompt.\n"
+    "chat answers the prompt, if there is one, and each line of stdin, with -n tokens at most.\n"
+    "Names of special tokens in a message are text. When the context is full (--ctx-size, else\n"
+    "4096 tokens at most), the oldest messages and answers are forgotten.\n"
     "eval prints tokens (predicted ones), nll (their mean, nats), ppl and bits_per_byte; what is\n"
     "longer than the context is read in windows, half of each as context only. A row of --logits\n"
     "and a position in --trace belong to one token of the input, its BOS included.\n";
@@ -179,7 +183,7 @@ static void read_tokens(Run *r) {
     size_t n = set->prompt ? strlen(set->prompt) : 0;
     char *from_file = set->file ? read_file(set->file, &n) : NULL;
     const char *text = from_file ? from_file : set->prompt;
-    if (!set->ids && r->model.tokenizer == NO_TOKENIZER)
+    if (!set->ids && !r->model.tokenizer)
         fail(FAILED, "%s: has no tokenizer and cannot read text: --ids takes token ids", r->path);
     r->tokens = allocate(product(sum(n, 1), sizeof(int)), "the tokens");
     if (set->ids) {
@@ -189,7 +193,7 @@ static void read_tokens(Run *r) {
     } else {
         const int bos = set->mode != TOKENIZE && c->add_bos_token && c->bos_token_id >= 0;
         if (bos) r->tokens[0] = (int)c->bos_token_id;
-        r->n_tokens = (size_t)bos + encode(r->tokens + bos, text, n, 1);
+        r->n_tokens = (size_t)bos + encode(r->model.tokenizer, r->tokens + bos, text, n, 1);
         r->text_bytes = n;
     }
     if (set->mode == GENERATE && !r->n_tokens) {
@@ -201,13 +205,17 @@ static void read_tokens(Run *r) {
 }
 
 // Tokens on their way to stdout: as text or, with --ids, as numbers.
-typedef struct { int ids; size_t count; Utf8 text; } Printer;
+typedef struct { const Tokenizer *tokenizer; size_t count; Utf8 text; } Printer;
 
-// One token on its way to stdout: its id with --ids, else its text.
+// One token on its way to stdout: its text or, without a tokenizer, its id.
 static void print_token(Printer *p, int id) {
-    char bytes[8];
-    if (p->ids) printf("%s%d", p->count++ ? " " : "", id);
-    else utf8_print(&p->text, bytes, decode(bytes, id));
+    size_t n;
+    if (!p->tokenizer) {
+        printf("%s%d", p->count++ ? " " : "", id);
+    } else {
+        const char *bytes = decode(p->tokenizer, id, &n);
+        utf8_print(&p->text, bytes, n);
+    }
 }
 
 // ---- [3] output files ---------------------------------------------------------------------------
@@ -277,6 +285,16 @@ static volatile sig_atomic_t interrupted;
 static void on_interrupt(int signal_number) {
     interrupted = 1;
     signal(signal_number, SIG_DFL);
+}
+
+// Makes control-C end a wait for input, too: signal() would have some systems go on waiting.
+static void catch_interrupt(void) {
+#ifdef _WIN32
+    signal(SIGINT, on_interrupt);
+#else
+    struct sigaction action = { .sa_handler = on_interrupt };
+    sigaction(SIGINT, &action, NULL);
+#endif
 }
 
 // The longest context there may be.
@@ -356,7 +374,7 @@ static void last_logits(Run *r, size_t row, size_t index) {
     }
 }
 
-// ---- [5] generate -------------------------------------------------------------------------------
+// ---- [5] generate and chat ----------------------------------------------------------------------
 
 // What a sampling option is: the user's value, else the model's own, else the table's. A model
 // without its own says -1, which is in no option's range.
@@ -387,18 +405,67 @@ static Sampler sampler_new(const Run *r) {
     return s;
 }
 
-// Memory for the prompt and what follows it.
-static void make_room_to_generate(Run *r) {
-    const size_t limit = context_limit(r), prompt = r->n_tokens;
-    if (prompt > limit)
-        fail(FAILED, "the prompt is %zu tokens long, the context holds %zu (--ctx-size, at most "
-             "max_position_embeddings %lld)", prompt, limit,
-             (long long)r->model.config.max_position_embeddings);
-    make_room(r, r->set.n_predict < 0 ? limit : prompt + (size_t)r->set.n_predict, 1);
+typedef struct {                    // what becomes of logits
+    Sampler sampler;
+    Candidate *candidate;           // [V]
+    unsigned char *seen;            // [V] whether a token occurred, for the repetition penalty
+    Printer printer;
+} Writer;
+
+// A writer with the sampler of the command line.
+static Writer writer_new(const Run *r) {
+    const size_t V = (size_t)r->model.config.vocab_size;
+    Writer w = { .sampler = sampler_new(r), .printer.text.to = stdout };
+    w.candidate = allocate(product(V, sizeof *w.candidate), "the sampler");
+    w.seen = allocate(V, "the sampler");
+    if (!r->set.ids) w.printer.tokenizer = r->model.tokenizer;
+    return w;
+}
+
+// Ends the line of output; gives back the memory of a writer.
+static void end_line(Writer *w) {
+    utf8_flush(&w->printer.text, 1);
+    putchar('\n');
+    flush_stdout();
+}
+static void writer_free(Writer *w) {
+    release(w->candidate);
+    release(w->seen);
+}
+
+// Makes `needed` positions of room, or as many as are allowed; r->tokens too has that many.
+static void make_room_to_write(Run *r, size_t needed) {
+    make_room(r, needed, 1);
     int *tokens = allocate(product(r->context, sizeof(int)), "the tokens");
-    memcpy(tokens, r->tokens, prompt * sizeof(int));
+    if (r->tokens) memcpy(tokens, r->tokens, r->n_tokens * sizeof(int));
     release(r->tokens);
     r->tokens = tokens;
+}
+
+// Runs the tokens from number `from` on, n in all, and leaves the logits of the last.
+static void read_on(Run *r, size_t from, size_t n) {
+    size_t row = 0;
+    for (size_t pos = from; pos < n; pos += CHUNK)
+        row = step(r, pos, min_size(n - pos, CHUNK), pos, 0, 1);
+    last_logits(r, row, n - 1);
+}
+
+// Adds tokens to the n that have been run, and prints them, until there are `most` or EOS comes.
+// Returns how many there are then; the last one that is added is not run.
+static size_t write_on(Run *r, Writer *w, size_t n, size_t most) {
+    const int64_t eos = r->set.ignore_eos ? -1 : r->model.config.eos_token_id;
+    const unsigned char *penalised = w->sampler.repetition_penalty == 1 ? NULL : w->seen;
+    while (n < most) {
+        const int id = sample(&w->sampler, r->logits, w->candidate, penalised,
+                              (size_t)r->model.config.vocab_size);
+        r->tokens[n++] = id;
+        w->seen[id] = 1;
+        print_token(&w->printer, id);
+        flush_stdout();
+        if (id == eos || n == most || interrupted) break;
+        read_on(r, n - 1, n);
+    }
+    return n;
 }
 
 // Speeds on stderr: of the prompt, run all at once, and of the n tokens run one by one after it.
@@ -411,44 +478,149 @@ static void print_speed(const Run *r, double prompt_s, size_t n, double n_s) {
 
 // Continues the prompt token by token.
 static void generate(Run *r) {
-    const size_t V = (size_t)r->model.config.vocab_size, prompt = r->n_tokens;
-    const int64_t eos = r->set.ignore_eos ? -1 : r->model.config.eos_token_id;
-    make_room_to_generate(r);
-    Sampler sampler = sampler_new(r);
-    Candidate *candidate = allocate(product(V, sizeof *candidate), "the sampler");
-    unsigned char *seen = allocate(V, "the sampler");
-    Printer printer = { .ids = r->set.ids != 0, .text.to = stdout };
+    const size_t prompt = r->n_tokens, limit = context_limit(r);
+    if (prompt > limit)
+        fail(FAILED, "the prompt is %zu tokens long, the context holds %zu (--ctx-size, at most "
+             "max_position_embeddings %lld)", prompt, limit,
+             (long long)r->model.config.max_position_embeddings);
+    make_room_to_write(r, r->set.n_predict < 0 ? limit : prompt + (size_t)r->set.n_predict);
+    Writer w = writer_new(r);
     for (size_t i = 0; i < prompt; i++) {
-        print_token(&printer, r->tokens[i]);
-        seen[r->tokens[i]] = 1;
+        print_token(&w.printer, r->tokens[i]);
+        w.seen[r->tokens[i]] = 1;
     }
     flush_stdout();
-
     const double start = seconds();
-    size_t row = 0;
-    for (size_t pos = 0; pos < prompt; pos += CHUNK)
-        row = step(r, pos, min_size(prompt - pos, CHUNK), pos, 0, 1);
-    last_logits(r, row, prompt - 1);
+    read_on(r, 0, prompt);
     const double middle = seconds();
-    size_t n = prompt;
-    while (n < r->context) {
-        const unsigned char *penalised = sampler.repetition_penalty == 1 ? NULL : seen;
-        const int id = sample(&sampler, r->logits, candidate, penalised, V);
-        r->tokens[n++] = id;
-        seen[id] = 1;
-        print_token(&printer, id);
-        flush_stdout();
-        if (id == eos || n == r->context || interrupted) break;
-        last_logits(r, step(r, n - 1, 1, n - 1, 0, 1), n - 1);
-    }
+    const size_t n = write_on(r, &w, prompt, r->context);
     const double end = seconds();
-    utf8_flush(&printer.text, 1);
-    putchar('\n');
-    flush_stdout();
+    end_line(&w);
     print_speed(r, middle - start, n > prompt ? n - prompt - 1 : 0, end - middle);
-    release(candidate);
-    release(seen);
+    writer_free(&w);
     if (interrupted) exit(INTERRUPTED);
+}
+
+// A conversation in the form of DeepSeek-V2 is BOS, then turns: "User: ", a message, two newlines,
+// "Assistant:", the model's answer and EOS.
+enum { CHAT_CONTEXT = 4096 };       // tokens, unless --ctx-size says otherwise
+typedef struct { char *bytes; size_t n, room; } Text;
+
+// Adds n bytes to a text.
+static void add_text(Text *t, const char *bytes, size_t n) {
+    if (n > t->room - t->n) {
+        t->room = product(2, sum(t->n, n));
+        t->bytes = realloc(t->bytes, t->room);
+        if (!t->bytes) fail(FAILED, "out of memory: %.1f MB for a message", (double)t->room / 1e6);
+    }
+    memcpy(t->bytes + t->n, bytes, n);
+    t->n += n;
+}
+
+// Adds a line of stdin, without its end, to a text. False where there is none.
+static int add_line(Text *t) {
+    const size_t before = t->n;
+    int c;
+#ifndef _WIN32
+    if (isatty(0)) fputs("> ", stderr);
+#endif
+    while ((c = getchar()) != EOF && c != '\n') {
+        const char byte = (char)c;
+        add_text(t, &byte, 1);
+    }
+    if (interrupted) exit(INTERRUPTED);
+    if (ferror(stdin)) fail(FAILED, "stdin: cannot be read: %s", strerror(errno));
+    if (t->n > before && t->bytes[t->n - 1] == '\r') t->n--;
+    return c != EOF || t->n > before;
+}
+
+// Forgets the oldest turns: what stays, BOS and whole turns, takes up no more than half of the
+// context and leaves room for `needed` tokens.
+static void forget(Run *r, size_t needed) {
+    const Config *c = &r->model.config;
+    const size_t n = r->n_tokens, bos = c->bos_token_id >= 0;
+    const size_t most = min_size(r->context / 2, r->context - min_size(needed, r->context));
+    size_t from = n;                // the first token that stays: one behind an EOS
+    for (size_t i = n; i-- > bos && bos + n - i <= most; )
+        if (r->tokens[i - 1] == c->eos_token_id) from = i;
+    memmove(r->tokens + bos, r->tokens + from, (n - from) * sizeof(int));
+    r->n_tokens = bos + n - from;
+    fprintf(stderr, "chat: the context of %zu tokens (--ctx-size) is full: the oldest %zu are "
+            "forgotten\n", r->context, from - bos);
+}
+
+// Adds a turn up to its "Assistant:" to the tokens, of which *n_run have been run; forgets others
+// where there is no room for it. False, with a line on stderr, if it does not fit in any case.
+static int add_turn(Run *r, Writer *w, const Text *turn, size_t *n_run) {
+    const Config *c = &r->model.config;
+    const size_t bos = c->bos_token_id >= 0;
+    int *ids = allocate(product(turn->n, sizeof(int)), "the message");
+    const size_t n = encode(r->model.tokenizer, ids, turn->bytes, turn->n, 0);
+    const int fits = bos + n + 2 <= r->context;     // with one token of an answer, and EOS
+    size_t answer = r->context / 4;                 // what should be left for it
+    if (r->set.n_predict >= 0) answer = min_size(answer, (size_t)r->set.n_predict);
+    if (!fits) {
+        fprintf(stderr, "chat: the message is %zu tokens long, the context holds %zu (--ctx-size): "
+                "it is passed over\n", n, r->context);
+    } else {
+        if (r->n_tokens > bos && r->n_tokens + n + answer + 1 > r->context) {
+            forget(r, n + answer + 1);
+            *n_run = 0;
+        }
+        memcpy(r->tokens + r->n_tokens, ids, n * sizeof(int));
+        r->n_tokens += n;
+        memset(w->seen, 0, (size_t)c->vocab_size);
+        for (size_t i = 0; i < r->n_tokens; i++) w->seen[r->tokens[i]] = 1;
+    }
+    release(ids);
+    return fits;
+}
+
+// Answers the prompt, if there is one, and every line of stdin.
+static void chat(Run *r) {
+    const Config *c = &r->model.config;
+    const Settings *set = &r->set;
+    const int eos = (int)c->eos_token_id;
+    if (!c->chat_template)
+        fail(FAILED, "%s: has no chat template, which --mode chat needs; generate continues a text",
+             r->path);
+    if (!r->model.tokenizer || eos < 0)
+        fail(FAILED, "%s: has no %s, which --mode chat needs", r->path,
+             r->model.tokenizer ? "eos_token_id" : "tokenizer");
+    const size_t limit = context_limit(r);
+    make_room_to_write(r, set->ctx_size ? limit : min_size(limit, CHAT_CONTEXT));
+    Writer w = writer_new(r);
+    Text turn = { 0 };
+    size_t n_run = 0, prompt_bytes = set->prompt ? strlen(set->prompt) : 0;
+    char *file = set->file ? read_file(set->file, &prompt_bytes) : NULL;
+    const char *prompt = file ? file : set->prompt;
+    if (c->bos_token_id >= 0) r->tokens[r->n_tokens++] = (int)c->bos_token_id;
+    for (;; prompt = NULL) {
+        turn.n = 0;
+        add_text(&turn, "User: ", 6);
+        if (prompt) add_text(&turn, prompt, prompt_bytes);
+        else if (!add_line(&turn)) break;
+        if (turn.n == 6) continue;                  // nothing was said
+        add_text(&turn, "\n\nAssistant:", 12);
+        if (!add_turn(r, &w, &turn, &n_run)) continue;
+        const size_t n = r->n_tokens, room = r->context - n - 1;
+        read_on(r, n_run, n);
+        size_t end = n + (set->n_predict < 0 ? room : min_size(room, (size_t)set->n_predict));
+        end = write_on(r, &w, n, end);
+        end_line(&w);
+        if (interrupted) exit(INTERRUPTED);
+        n_run = end > n ? end - 1 : n;
+        if (r->tokens[end - 1] != eos) {            // it was cut short
+            if (end == r->context - 1)
+                fprintf(stderr, "chat: the context of %zu tokens is full: the answer ends here\n",
+                        r->context);
+            r->tokens[end++] = eos;
+        }
+        r->n_tokens = end;
+    }
+    free(turn.bytes);
+    free(file);
+    writer_free(&w);
 }
 
 // ---- [6] eval -----------------------------------------------------------------------------------
@@ -625,7 +797,8 @@ static void info(const Run *r) {
     }
     static const char *const type_names[] = { "f32", "bf16", "q8" };
     printf("dtype %s\n", type_names[m->w.embed_tokens->type]);
-    printf("tokenizer %s\n", m->tokenizer == BYTES ? "bytes" : "none");
+    printf("tokenizer %s\n",
+           !m->tokenizer ? "none" : m->tokenizer->kind == BYTES ? "bytes" : "bpe");
     for (size_t i = 0; i < m->w.n_tensors; i++) {
         const Tensor *t = &m->w.tensor[i];
         const int vector = t->init == ONES || t->init == ZEROS;
@@ -663,6 +836,7 @@ static void check_settings(const Run *r) {
     if ((mode == EVAL || mode == TOKENIZE) && !set->prompt && !set->file)
         fail(WRONG_USAGE, "--mode eval and tokenize: need --file or --prompt");
     if (set->logits && mode != EVAL) fail(WRONG_USAGE, "--logits: needs --mode eval");
+    if (set->ids && mode == CHAT) fail(WRONG_USAGE, "--ids: not with --mode chat, which is text");
     if (set->trace && mode != EVAL && mode != GENERATE)
         fail(WRONG_USAGE, "--trace: needs --mode generate or eval");
     if (same(set->logits, set->trace) || same(set->logits, r->path) || same(set->trace, r->path))
@@ -678,18 +852,16 @@ static void work(Run *r) {
     if (set->ctx_size > longest)
         fail(WRONG_USAGE, "--ctx-size is %lld, must be 1..%lld (max_position_embeddings)",
              (long long)set->ctx_size, longest);
-    if (set->mode == CHAT)
-        fail(FAILED, "%s: has no chat template, which --mode chat needs; generate continues a text",
-             r->path);
     print_model(&r->model);
     if (set->mode == GENERATE || set->mode == EVAL || set->mode == TOKENIZE) read_tokens(r);
-    signal(SIGINT, on_interrupt);
+    catch_interrupt();
     output_open(&logits_output, set->logits);
     output_open(&trace_output, set->trace);
     if (trace_output.file)
         fputs("position\ttoken\tlayer\titeration\trank\texpert\tweight\n", trace_output.file);
     switch (set->mode) {
     case GENERATE: generate(r); break;
+    case CHAT:     chat(r); break;
     case EVAL:     evaluate(r); break;
     case BENCH:    bench(r); break;
     case INFO:     info(r); break;

@@ -161,6 +161,8 @@ static void apply_preset(const Options *tables, const char *preset) {
 // Which window comes when depends on the recipe and the step alone, so that a checkpoint need only
 // know its step.
 
+static const char EOS_TEXT[] = "<|endoftext|>";     // in texts, whatever the tokenizer calls it
+
 typedef struct {
     int *tokens;                // [n]
     size_t n;
@@ -178,18 +180,26 @@ static char *read_file(const char *path, size_t *bytes) {
     return text;
 }
 
+// Whether a line of n bytes, its end included, is what stands between two documents.
+static int is_separator(const char *line, size_t n) {
+    const size_t length = sizeof EOS_TEXT - 1;
+    n -= n && line[n - 1] == '\n';
+    n -= n && line[n - 1] == '\r';
+    return n == length && !memcmp(line, EOS_TEXT, length);
+}
+
 // Adds the tokens of a text whose documents are separated by lines "<|endoftext|>", each of which
 // becomes one EOS. s->tokens has room for bytes + 1.
-static void tokenize_documents(Stream *s, const char *text, size_t bytes, int eos) {
-    static const char separator[] = "<|endoftext|>";
-    const size_t length = sizeof separator - 1;
-    for (size_t i = 0, end; i < bytes; i = end) {
+static void tokenize_documents(Stream *s, const Tokenizer *t, const char *text, size_t bytes,
+                               int eos) {
+    for (size_t i = 0, document = 0, end; i < bytes; i = end) {
         const char *newline = memchr(text + i, '\n', bytes - i);
-        size_t line = newline ? (size_t)(newline - text) - i : bytes - i;
-        end = i + line + (newline != NULL);
-        if (line && text[i + line - 1] == '\r') line--;
-        if (line == length && !memcmp(text + i, separator, length)) s->tokens[s->n++] = eos;
-        else s->n += encode(s->tokens + s->n, text + i, end - i, 0);
+        end = newline ? (size_t)(newline - text) + 1 : bytes;
+        const int separator = is_separator(text + i, end - i);
+        if (!separator && end < bytes) continue;
+        s->n += encode(t, s->tokens + s->n, text + document, (separator ? i : end) - document, 0);
+        if (separator) s->tokens[s->n++] = eos;
+        document = end;
     }
     if (s->n && s->tokens[s->n - 1] != eos)     // the last document ends too
         s->tokens[s->n++] = eos;
@@ -228,11 +238,11 @@ static Stream read_stream(const Model *m, const char *path) {
     if (bytes >= 12) memcpy(&magic, text, sizeof magic);
     if (magic == 20240520 || magic == 20240801)
         read_token_file(&s, path, text, bytes, (size_t)m->config.vocab_size);
-    else if (m->tokenizer == NO_TOKENIZER || m->config.eos_token_id < 0)
+    else if (!m->tokenizer || m->config.eos_token_id < 0)
         fail(FAILED, "%s: is text, but the model has no tokenizer or no eos_token_id: "
              "give a token file or --tokenizer", path);
     else
-        tokenize_documents(&s, text, bytes, (int)m->config.eos_token_id);
+        tokenize_documents(&s, m->tokenizer, text, bytes, (int)m->config.eos_token_id);
     for (size_t i = 0; i < s.n; i++) s.documents += s.tokens[i] == m->config.eos_token_id;
     release(text);
     return s;
@@ -488,26 +498,10 @@ static long task_answer(const char *text) {
 
 enum { TASK_VALIDATION = 500 };     // held-out problems, whose text makes the validation loss
 
-// Problem number i as tokens, EOS included, at most TASK_MAX of them; returns how many.
-static size_t task_tokens(int *tokens, const Recipe *r, uint64_t i, int held_out, int eos) {
-    char text[TASK_MAX];
-    int length = task_problem(text, (uint64_t)r->seed, i, (int)r->level, held_out);
-    size_t n = encode(tokens, text, (size_t)length, 0);
-    tokens[n++] = eos;
-    return n;
-}
-
-// The stream of the first held-out problems.
-static Stream task_validation(const Recipe *r, int eos) {
-    const size_t bytes = TASK_VALIDATION * (TASK_MAX + 1) * sizeof(int);
-    Stream s = { .tokens = allocate(bytes, "the validation data"), .documents = TASK_VALIDATION };
-    for (uint64_t i = 0; i < TASK_VALIDATION; i++) s.n += task_tokens(s.tokens + s.n, r, i, 1, eos);
-    return s;
-}
-
 // Where batches come from: a stream in memory, or problems made as they are needed.
 typedef struct {
     const Recipe *recipe;
+    const Tokenizer *tokenizer; // for problems
     int built_in, eos;
     Stream train, val;
     size_t *order;              // [windows] this epoch's order of the windows
@@ -516,6 +510,24 @@ typedef struct {
     size_t n_pending;
     uint64_t document;          // built-in: the next problem to make
 } Data;
+
+// Problem number i as tokens, EOS included, at most TASK_MAX of them; returns how many.
+static size_t task_tokens(int *tokens, const Data *data, uint64_t i, int held_out) {
+    const Recipe *r = data->recipe;
+    char text[TASK_MAX];
+    int length = task_problem(text, (uint64_t)r->seed, i, (int)r->level, held_out);
+    size_t n = encode(data->tokenizer, tokens, text, (size_t)length, 0);
+    tokens[n++] = data->eos;
+    return n;
+}
+
+// The stream of the first held-out problems.
+static Stream task_validation(const Data *data) {
+    const size_t bytes = TASK_VALIDATION * (TASK_MAX + 1) * sizeof(int);
+    Stream s = { .tokens = allocate(bytes, "the validation data"), .documents = TASK_VALIDATION };
+    for (uint64_t i = 0; i < TASK_VALIDATION; i++) s.n += task_tokens(s.tokens + s.n, data, i, 1);
+    return s;
+}
 
 // How many windows of L inputs, and one token more, a stream has.
 static size_t windows(const Stream *s, size_t L) { return s->n ? (s->n - 1) / L : 0; }
@@ -527,7 +539,7 @@ static void next_made_window(Data *data, int *window) {
     if (!data->pending) data->pending = allocate(room * sizeof(int), "a window of data");
     while (data->n_pending < L + 1) {
         int *end = data->pending + data->n_pending;
-        data->n_pending += task_tokens(end, data->recipe, data->document++, 0, data->eos);
+        data->n_pending += task_tokens(end, data, data->document++, 0);
     }
     memcpy(window, data->pending, (L + 1) * sizeof(int));
     memmove(data->pending, data->pending + L, (data->n_pending -= L) * sizeof(int));
@@ -1218,7 +1230,7 @@ static void save_checkpoint(Run *run) {
     const Model *m = &run->model;
     const char *path = run->job.output;
     char temporary[4096];
-    Header h = { .version = MODEL_VERSION, .files_bytes = m->files_bytes, .tokenizer = m->tokenizer,
+    Header h = { .version = MODEL_VERSION, .files_bytes = m->files_bytes,
                  .coe_weights = m->coe_weights, .config = m->config };
     TrainingState state = { .recipe = run->recipe, .step = run->step };
     if (!run->data.built_in) {
@@ -1226,11 +1238,15 @@ static void save_checkpoint(Run *run) {
         state.data_fingerprint = fingerprint(&run->data.train);
     }
     memcpy(h.magic, "COE1", 4);
+    if (m->tokenizer) {
+        h.tokenizer = m->tokenizer->kind;
+        h.tokenizer_bytes = m->tokenizer->section_bytes;
+    }
     h.state_bytes = sizeof state + 2 * 4 * m->w.size;
-    h.file_bytes = sizeof h + m->files_bytes + 4 * m->w.size + h.state_bytes;
+    h.file_bytes = sizeof h + m->files_bytes + h.tokenizer_bytes + 4 * m->w.size + h.state_bytes;
     FILE *file = open_temporary(temporary, sizeof temporary, path);
     write_exactly(&h, sizeof h, file, temporary);
-    if (m->files_bytes) write_exactly(m->files, m->files_bytes, file, temporary);
+    if (m->files) write_exactly(m->files, m->files_bytes + h.tokenizer_bytes, file, temporary);
     write_floats(m->weights, m->w.size, file, temporary);
     write_exactly(&state, sizeof state, file, temporary);
     write_floats(run->m, m->w.size, file, temporary);
@@ -1282,22 +1298,25 @@ static double validate(Run *run) {
     return total / (double)(n * L);
 }
 
-enum { ANSWER_TOKENS = 96 };        // the longest answer has about 60
+enum { ANSWER_TOKENS = 96, ANSWER_BYTES = 4096 };  // the longest answer has about 60 bytes
 
-// Continues a prompt of n tokens by at most `most` tokens, or up to EOS; text gets their bytes and
-// a final NUL. s has room for all of it.
+// Continues a prompt of n tokens by at most `most` tokens, or up to EOS; text (ANSWER_BYTES) gets
+// their bytes, as far as they fit, and a final NUL. s has room for all of it.
 static void complete(const Model *m, State *s, Sampler *sampler, const int *prompt, size_t n,
                      size_t most, char *text) {
     const size_t V = m->config.vocab_size;
     real *logits = allocate(V * sizeof(real), "logits");
     Candidate *candidate = allocate(V * sizeof(Candidate), "candidates");
-    size_t length = 0;
+    size_t length = 0, bytes;
     forward(m, s, prompt, 1, n, 0, 1);
     for (size_t i = 0; i < most; i++) {
         logits_forward(m, s, logits, 0, 1);
         int token = sample(sampler, logits, candidate, NULL, V);
         if (token == m->config.eos_token_id) break;
-        length += decode(text + length, token);
+        const char *from = decode(m->tokenizer, token, &bytes);
+        if (length + bytes >= ANSWER_BYTES) break;
+        memcpy(text + length, from, bytes);
+        length += bytes;
         if (i + 1 < most) forward(m, s, &token, 1, 1, n + i, 1);
     }
     text[length] = 0;
@@ -1305,12 +1324,13 @@ static void complete(const Model *m, State *s, Sampler *sampler, const int *prom
     release(candidate);
 }
 
-// Held-out problem i: its text, and as tokens EOS (what precedes a document) and the question, but
-// without its newline, which a user may not type. Returns the number of tokens.
+// Held-out problem i: its text, and as tokens EOS (what precedes a document) and the question, a
+// line that is tokenized as it is in training. Returns the number of tokens.
 static size_t question_tokens(int *tokens, char *problem, const Run *run, size_t i) {
     task_problem(problem, 0, i, (int)run->recipe.level, 1);
     tokens[0] = run->data.eos;
-    return 1 + encode(tokens + 1, problem, (size_t)task_prompt_length(problem) - 1, 0);
+    return 1 + encode(run->model.tokenizer, tokens + 1, problem,
+                      (size_t)task_prompt_length(problem), 0);
 }
 
 // The share of the first `problems` held-out problems whose final number greedy decoding gets
@@ -1322,7 +1342,7 @@ static double solve(const Run *run, size_t problems) {
         State s = state_new(&run->model.config, TASK_MAX, TASK_MAX + ANSWER_TOKENS, 0);
         #pragma omp for schedule(dynamic, 1)
         for (size_t i = 0; i < problems; i++) {
-            char problem[TASK_MAX], answer[ANSWER_TOKENS * 4 + 1];
+            char problem[TASK_MAX], answer[ANSWER_BYTES];
             int tokens[TASK_MAX + 1];
             Sampler greedy = { .temperature = 0 };
             size_t n = question_tokens(tokens, problem, run, i);
@@ -1338,16 +1358,16 @@ static double solve(const Run *run, size_t problems) {
 static void show_sample(const Run *run) {
     const Config *c = &run->model.config;
     const int built_in = run->data.built_in;
-    if (run->model.tokenizer == NO_TOKENIZER || c->eos_token_id < 0) return;
+    if (!run->model.tokenizer || c->eos_token_id < 0) return;
     State s = state_new(c, TASK_MAX, TASK_MAX + ANSWER_TOKENS * 2, 0);
-    char problem[TASK_MAX] = "", text[ANSWER_TOKENS * 8 + 1];
+    char problem[TASK_MAX] = "", text[ANSWER_BYTES];
     int tokens[TASK_MAX + 1] = { (int)c->eos_token_id };
     Sampler sampler = { .temperature = built_in ? 0 : 0.8, .top_k = 40, .top_p = 0.95,
                         .rng = (uint64_t)run->step };
     size_t n = 1;
     if (built_in) n = question_tokens(tokens, problem, run, (size_t)run->step % TASK_VALIDATION);
     complete(&run->model, &s, &sampler, tokens, n, ANSWER_TOKENS * (built_in ? 1 : 2), text);
-    problem[strcspn(problem, "\n")] = 0;
+    if (built_in) problem[task_prompt_length(problem)] = 0;
     Utf8 out = { .to = stderr };
     fprintf(stderr, "--- step %lld ---\n%s", (long long)run->step, problem);
     utf8_print(&out, text, strlen(text));
@@ -1547,31 +1567,36 @@ static int train(Run *run) {
     return 0;
 }
 
-// Takes the tokenizer of the model file --tokenizer, and the ids that go with it where the user gave
-// none. `fresh`: the vocabulary's size too.
+// Takes the tokenizer of the model file --tokenizer, and what of the config goes with it, unless
+// the user gave that. `fresh`: the vocabulary's size too.
 static void take_tokenizer(Run *run, const Options *tables, int fresh) {
     Model *m = &run->model, from = model_open(run->job.tokenizer, 0, NULL, NULL);
-    if (from.tokenizer == NO_TOKENIZER) fail(FAILED, "%s: has no tokenizer", run->job.tokenizer);
+    if (!from.tokenizer) fail(FAILED, "%s: has no tokenizer", run->job.tokenizer);
     m->tokenizer = from.tokenizer;
     m->files = from.files;
     m->files_bytes = from.files_bytes;
     for (int i = 0; i < CONFIG_KEYS; i++) {
         const Key *k = &config_keys[i];
         if (tables[CONFIG_TABLE].given[i]) continue;
-        if (strstr(k->name, "s_token") || (fresh && !strcmp(k->name, "vocab_size")))
+        if (strstr(k->name, "s_token") || !strcmp(k->name, "chat_template") ||
+            (fresh && !strcmp(k->name, "vocab_size")))
             memcpy((char *)&m->config + k->offset, (char *)&from.config + k->offset, 8);
     }
-    if (m->config.vocab_size <= BYTE_EOS)
-        fail(WRONG_USAGE, "vocab_size is %lld, must be at least %d for the tokenizer of %s",
-             (long long)m->config.vocab_size, BYTE_EOS + 1, run->job.tokenizer);
+    if (m->config.vocab_size < m->tokenizer->n_tokens)
+        fail(WRONG_USAGE, "vocab_size is %lld, must be at least %u for the tokenizer of %s",
+             (long long)m->config.vocab_size, m->tokenizer->n_tokens, run->job.tokenizer);
 }
 
 // Ends the program unless --tokenizer is the one that the resumed model has.
 static void check_resumed_tokenizer(const Run *run) {
     const Model *m = &run->model;
     Model from = model_open(run->job.tokenizer, 0, NULL, NULL);
-    if (from.tokenizer != m->tokenizer || from.files_bytes != m->files_bytes ||
-        memcmp(from.files, m->files, m->files_bytes))
+    const Tokenizer *mine = m->tokenizer, *other = from.tokenizer;
+    int same = !mine == !other && from.files_bytes == m->files_bytes;
+    if (same && mine)
+        same = mine->kind == other->kind && mine->section_bytes == other->section_bytes;
+    if (!same || memcmp(from.files, m->files,
+                        m->files_bytes + (mine ? mine->section_bytes : 0)))
         fail(WRONG_USAGE, "--tokenizer %s is not the tokenizer of %s", run->job.tokenizer,
              run->job.resume);
     model_free(&from);
@@ -1580,10 +1605,11 @@ static void check_resumed_tokenizer(const Run *run) {
 // A fresh model's tokenizer: bytes, where its vocabulary has room for them.
 static void choose_tokenizer(Run *run, const Options *tables) {
     Config *c = &run->model.config;
-    run->model.tokenizer = c->vocab_size > BYTE_EOS ? BYTES : NO_TOKENIZER;
+    if (c->vocab_size >= BYTE_TOKENS)
+        run->model.tokenizer = tokenizer_new(BYTES, NULL, 0, "options", c->vocab_size);
     for (int i = 0; i < CONFIG_KEYS; i++) {
         const Key *k = &config_keys[i];
-        if (run->model.tokenizer == NO_TOKENIZER && !tables[CONFIG_TABLE].given[i] &&
+        if (!run->model.tokenizer && !tables[CONFIG_TABLE].given[i] &&
             strstr(k->name, "s_token_id"))
             key_parse(k, c, "null");
     }
@@ -1630,6 +1656,7 @@ static void init_from(Run *run, const Options *tables) {
     static const char *const free_keys[] = {
         "aux_loss_alpha", "seq_aux", "max_position_embeddings", "initializer_range", "temperature",
         "top_k", "top_p", "min_p", "repetition_penalty", "torch_dtype", "add_bos_token",
+        "chat_template",
     };
     Model m = model_open(run->job.init, 1, NULL, NULL);
     Config mine = run->model.config;
@@ -1655,12 +1682,13 @@ static void open_data(Run *run) {
     Data *data = &run->data;
     const size_t L = (size_t)run->recipe.max_length, B = (size_t)run->recipe.batch_size;
     data->recipe = &run->recipe;
+    data->tokenizer = m->tokenizer;
     data->eos = (int)m->config.eos_token_id;
     data->built_in = !*run->job.data;
-    if (data->built_in && (m->tokenizer == NO_TOKENIZER || data->eos < 0))
+    if (data->built_in && (!m->tokenizer || data->eos < 0))
         fail(FAILED, "the built-in task is text, but the model has no tokenizer or no "
              "eos_token_id: give token files with --data");
-    if (data->built_in) data->val = task_validation(&run->recipe, data->eos);
+    if (data->built_in) data->val = task_validation(data);
     else data->train = read_stream(m, run->job.data);
     if (*run->job.val) data->val = read_stream(m, run->job.val);
     else if (!data->built_in)
@@ -1675,10 +1703,10 @@ static void open_data(Run *run) {
 // line <|endoftext|>.
 static void show_documents(const Run *run, const Stream *s, int64_t n, int held_out) {
     const Recipe *r = &run->recipe;
-    char text[TASK_MAX];
+    char problem[TASK_MAX];
     for (int64_t i = 0; run->data.built_in && i < n; i++) {
-        task_problem(text, (uint64_t)r->seed, (uint64_t)i, (int)r->level, held_out);
-        printf("%s%s\n", text, EOS_TEXT);
+        task_problem(problem, (uint64_t)r->seed, (uint64_t)i, (int)r->level, held_out);
+        printf("%s%s\n", problem, EOS_TEXT);
     }
     for (size_t i = 0, line = 1; i < s->n && n > 0 && !run->data.built_in; i++) {
         const int id = s->tokens[i];
@@ -1688,9 +1716,15 @@ static void show_documents(const Run *run, const Stream *s, int64_t n, int held_
             line = 1;
             continue;
         }
-        if (run->model.tokenizer == NO_TOKENIZER) printf("%d ", id);
-        else fwrite(text, 1, decode(text, id), stdout);
-        line = run->model.tokenizer != NO_TOKENIZER && text[0] == '\n';
+        if (run->model.tokenizer) {
+            size_t bytes;
+            const char *text = decode(run->model.tokenizer, id, &bytes);
+            fwrite(text, 1, bytes, stdout);
+            if (bytes) line = text[bytes - 1] == '\n';
+        } else {
+            printf("%d ", id);
+            line = 0;
+        }
     }
 }
 

@@ -162,7 +162,7 @@ static void measure_products(const char *what, char **argv) {
 // Writes a model file without tokenizer; options are config keys. Its weights have the deviation of
 // fresh ones but are uniform, and drawn by all threads: a large model takes seconds, not a minute.
 static void write_model(const char *path, int argc, char **argv) {
-    Model m = { .tokenizer = NO_TOKENIZER };
+    Model m = { 0 };
     const Options table = { config_keys, CONFIG_KEYS, &m.config, NULL };
     keys_init(config_keys, CONFIG_KEYS, &m.config);
     m.config.bos_token_id = m.config.eos_token_id = -1;
@@ -176,7 +176,7 @@ static void write_model(const char *path, int argc, char **argv) {
         fill(t->data, tensor_size(t), m.config.initializer_range * sqrt(3), i << 32);
         for (size_t k = 0; t->init == ONES && k < tensor_size(t); k++) t->data[k] = 1;
     }
-    Header h = { .magic = "COE1", .version = MODEL_VERSION, .tokenizer = m.tokenizer,
+    Header h = { .magic = "COE1", .version = MODEL_VERSION, .tokenizer = NO_TOKENIZER,
                  .file_bytes = HEADER_BYTES + sizeof(float) * m.w.size, .config = m.config };
     FILE *file = fopen(path, "wb");
     if (!file) fail(FAILED, "%s: cannot be written: %s", path, strerror(errno));

@@ -57,16 +57,18 @@ topk_method n_group topk_group norm_topk_prob routed_scaling_factor first_k_dens
 moe_layer_freq aux_loss_alpha seq_aux rms_norm_eps rope_theta rope.type rope.factor
 rope.original_max_position_embeddings rope.beta_fast rope.beta_slow rope.mscale rope.mscale_all_dim
 max_position_embeddings attention_bias tie_word_embeddings initializer_range bos_token_id
-eos_token_id torch_dtype temperature top_k top_p min_p repetition_penalty add_bos_token""".split()
+eos_token_id torch_dtype temperature top_k top_p min_p repetition_penalty add_bos_token
+chat_template""".split()
 REAL = """routed_scaling_factor aux_loss_alpha rms_norm_eps rope_theta rope.factor rope.beta_fast
 rope.beta_slow rope.mscale rope.mscale_all_dim initializer_range temperature top_p min_p
 repetition_penalty""".split()
 WORDS = {"topk_method": ["greedy", "group_limited_greedy"], "rope.type": [None, "linear", "yarn"],
-         "torch_dtype": ["float32", "bfloat16"]}
+         "torch_dtype": ["float32", "bfloat16"], "chat_template": ["none", "deepseek_v2"]}
 NULL = {"bos_token_id": -1, "eos_token_id": -1, "n_group": 1, "topk_group": 1}     # others: 0
 DEFAULT = {"rope.factor": 1, "rope.original_max_position_embeddings": 4096, "rope.beta_fast": 32,
            "rope.beta_slow": 1, "rope.mscale": 1, "rope.mscale_all_dim": 0, "temperature": -1,
-           "top_k": -1, "top_p": -1, "min_p": -1, "repetition_penalty": -1, "add_bos_token": 0}
+           "top_k": -1, "top_p": -1, "min_p": -1, "repetition_penalty": -1, "add_bos_token": 0,
+           "chat_template": "none"}
 
 
 def tensor_list(c, upcycled):
@@ -110,6 +112,40 @@ def tensor_list(c, upcycled):
     yield "lm_head.weight", not c["tie_word_embeddings"], V, d
 
 
+def tokenizer_section(merges, added, stages):
+    """The tokenizer's section: 256 bytes, merges (left, right) by rank, added tokens (text, flags);
+    a stage is alternatives, of items (kind, ranges, least, most)."""
+    tokens = [bytes([i]) for i in range(256)] + [a + b for a, b in merges] + [t for t, _ in added]
+    merged = sorted((tokens.index(a), tokens.index(b), rank, 256 + rank)
+                    for rank, (a, b) in enumerate(merges))
+    special = sorted((text, 256 + len(merges) + i, flags) for i, (text, flags) in enumerate(added))
+    alternatives = [a for stage in stages for a in stage]
+    items = [item for a in alternatives for item in a]
+    starts = lambda parts: [sum(map(len, parts[:i])) for i in range(len(parts) + 1)]
+    ranges = [item[1] for item in items]                # every item has a class of its own
+    tables = [starts(tokens), b"".join(tokens), range(256), [], sum(merged, ()), starts(stages),
+              starts(alternatives), sum(((k, i, *n) for i, (k, _, *n) in enumerate(items)), ()),
+              sum(zip(starts(ranges), map(len, ranges)), ()),
+              sum((r for part in ranges for r in part), ()), sum((a[1:] for a in special), ()), []]
+    section = struct.pack("<16I", len(tokens), sum(map(len, tokens)), 0, len(merges), len(stages),
+                          len(alternatives), len(items), len(ranges), sum(map(len, ranges)),
+                          len(added), 0, *[0] * 5)
+    for table in tables:
+        section += table if isinstance(table, bytes) else array("I", table).tobytes()
+        section += bytes(-len(section) % 64)
+    return section
+
+
+SPACE, DARK, DIGIT = [(9, 13), (32, 32)], [(0, 8), (14, 31), (33, 0x10FFFF)], [(48, 57)]
+NO_LIMIT = 2**32 - 1
+WORDS_AND_DIGITS = tokenizer_section(
+    [(b"t", b"h"), (b"th", b"e"), (b" ", b"the"), (b"1", b"2"), (b"\xc3", b"\xbc")],      # ü
+    [(b"<bos>", 1), (b"<eos>", 1), (b"<tag>", 0)],                      # 261, 262, 263
+    [[[(0, DIGIT, 1, 3)]],
+     [[(0, [(32, 32)], 0, 1), (0, DARK, 1, NO_LIMIT)],
+      [(0, SPACE, 1, NO_LIMIT), (1, DARK, 0, 0)], [(0, SPACE, 1, NO_LIMIT)]]])
+
+
 def to_bf16(numbers):
     """The bytes in a file, and the numbers that they stand for."""
     bits = array("I", array("f", numbers).tobytes())
@@ -130,7 +166,8 @@ def to_q8(numbers, cols):
     return b"".join(part + bytes(-len(part) % 64) for part in parts), values
 
 
-def write_model(path, config, weight, tokenizer=0, upcycled=False, dtype="f32", decoded=False):
+def write_model(path, config, weight, tokenizer=0, upcycled=False, dtype="f32", decoded=False,
+                section=b""):
     """A model.bin; weight(name, size) gives the numbers of a tensor. `decoded`: matrices hold the
     numbers that they would have in a file of this type, but as float32."""
     c = {**DEFAULT, **config}
@@ -146,7 +183,7 @@ def write_model(path, config, weight, tokenizer=0, upcycled=False, dtype="f32", 
             body += numbers.tobytes() if decoded else narrow
         body += bytes(-len(body) % 64)
     slots = b"COE1" + struct.pack("<I", 1)
-    slots += struct.pack("<15q", 1024 + len(body), 0, 0, 0,
+    slots += struct.pack("<15q", 1024 + len(section) + len(body), 0, len(section), 0,
                          0 if decoded else ["f32", "bf16", "q8"].index(dtype), tokenizer, upcycled,
                          *[0] * 8)
     for name in SLOTS:
@@ -157,7 +194,7 @@ def write_model(path, config, weight, tokenizer=0, upcycled=False, dtype="f32", 
             value = NULL.get(name, 0)
         slots += struct.pack("<d" if name in REAL else "<q", value)
     with open(path, "wb") as f:
-        f.write(slots.ljust(1024, b"\0") + body)
+        f.write(slots.ljust(1024, b"\0") + section + body)
 
 
 def write_golden(name, path, **how):
@@ -190,7 +227,7 @@ TINY = {"vocab_size": 258, "hidden_size": 12, "intermediate_size": 10, "moe_inte
         "bos_token_id": 256, "eos_token_id": 257, "torch_dtype": "float32", "add_bos_token": 1}
 
 
-def write_tiny(path, tokenizer=1, spoil=None, **config):
+def write_tiny(path, tokenizer=1, spoil=None, section=b"", **config):
     """A model of random weights, for bytes. The tensor called `spoil` gets a NaN."""
     rng = random.Random(1)
 
@@ -200,7 +237,7 @@ def write_tiny(path, tokenizer=1, spoil=None, **config):
         if "norm" in name:
             return [1.0] * size
         return [rng.gauss(0, 0.5) for _ in range(size)]
-    write_model(path, TINY | config, weight, tokenizer)
+    write_model(path, TINY | config, weight, tokenizer, section=section)
     return path
 
 
@@ -225,7 +262,9 @@ class Result:
 def run(*args, threads=1, timeout=30, **more):
     command = [RUN, *map(str, args)] + ([f"--threads={threads}"] if threads else [])
     pipe = subprocess.PIPE
-    more = {"stdout": pipe, "stderr": pipe, "stdin": subprocess.DEVNULL} | more
+    more = {"stdout": pipe, "stderr": pipe} | more
+    if "input" not in more:
+        more = {"stdin": subprocess.DEVNULL} | more
     try:
         done = subprocess.run(command, timeout=timeout, **more)
     except subprocess.TimeoutExpired:
@@ -463,6 +502,132 @@ def test_stream(folder):
         check("streamed text is whole characters", not broken and p.returncode == 0)
 
 
+def test_bpe(folder):
+    here = lambda name: os.path.join(folder, name)
+    special = {"bos_token_id": 261, "eos_token_id": 262, "vocab_size": 270}
+    model = write_tiny(here("bpe.bin"), 2, section=WORDS_AND_DIGITS, **special)
+    for text, ids in (("the the12123", [257, 258, 259, 49, 50, 51]),
+                      ("12the", [259, 257]), ("the  the\n ", [257, 32, 258, 10, 32]),
+                      ("<bos>the<eos><tag> the", [261, 257, 262, 263, 258]),
+                      ("<tag", [*b"<tag"]), ("ü", [260]), ("x\tthe", [120, 9, 257])):
+        r = run(model, "-m", "tokenize", "-i", text)
+        check(f"tokens of {text!r}", r.code == 0 and r.ids() == ids, r)
+    with open(here("text"), "wb") as f:
+        f.write(b"the\xff\xc3\x28 the")
+    r = run(model, "-m", "tokenize", "-f", here("text"))
+    check("bytes that are no UTF-8", r.ids() == [257, 0xff, 0xc3, 0x28, 258], r)
+    r = run(model, "-m", "eval", "-i", "the the", "--logits", here("logits"))
+    check("eval counts tokens, BOS included", r.values()["tokens"] == "2" and
+          len(read_floats(here("logits"))) == 3 * 270, r)
+    nats = float(r.values()["nll"]) * 2
+    check("bits_per_byte counts bytes",
+          abs(float(r.values()["bits_per_byte"]) - nats / math.log(2) / 7) < 1e-6, r)
+    r = run(model, "-i", "<eos>the<tag> ü12", "-n", 0)
+    check("special tokens are shown as nothing, others as they are", r.out == "the<tag> ü12\n", r)
+    ids = run(model, "--ids", "-i", "261 257", "-n", 40, "-s", 3, "-t", 3, "-k", 0, "--ignore-eos")
+    text = run(model, "-i", "the", "-n", 40, "-s", 3, "-t", 3, "-k", 0, "--ignore-eos")
+    token = [bytes([i]) for i in range(256)] + [b"th", b"the", b" the", b"12", "ü".encode(), b"",
+                                                b"", b"<tag>", *[b""] * 6]
+    expected = b"".join(token[i] for i in ids.ids()).decode("utf-8", "replace") + "\n"
+    check("text is that of the ids", text.code == 0 and text.out == expected, (text, expected))
+    r = run(model, "-m", "info")
+    check("info names the tokenizer", r.values()["tokenizer"] == "bpe", r)
+    r = run(write_tiny(here("few.bin"), 2, section=WORDS_AND_DIGITS, vocab_size=263,
+                       bos_token_id=261, eos_token_id=262), "-m", "info")
+    check("more tokens than vocab_size", ends_well(r, False) and here("few.bin") in r.err and
+          "263" in r.err and "264" in r.err, r)
+
+
+# ---- chat -------------------------------------------------------------------------------------
+
+def conversation(model, messages, n, context):
+    """What -m chat should answer, by generating with --ids; what it should say was forgotten."""
+    ids, answers, forgotten = [256], "", 0
+    for message in messages:
+        turn = list(b"User: " + message.encode() + b"\n\nAssistant:")
+        if 1 + len(turn) + 2 > context:
+            continue
+        needed = len(turn) + min(n, context // 4) + 1
+        if len(ids) > 1 and len(ids) + needed > context:
+            turns = [i + 1 for i in range(len(ids)) if ids[i] == 257]
+            keep = min(context // 2, context - min(needed, context))
+            first = min(i for i in turns if 1 + len(ids) - i <= keep or i == len(ids))
+            ids, forgotten = [256] + ids[first:], forgotten + first - 1
+        ids += turn
+        r = run(model, "--ids", "-t", 0, "-n", min(n, context - 1 - len(ids)), "-i", text_of(ids))
+        answer = r.ids()[len(ids):]
+        answers += bytes(i for i in answer if i < 256).decode("utf-8", "replace") + "\n"
+        ids += answer
+        if ids[-1] != 257:
+            ids.append(257)
+    return answers, forgotten
+
+
+def test_chat(folder):
+    here = lambda name: os.path.join(folder, name)
+    model = write_tiny(here("chat.bin"), chat_template="deepseek_v2", max_position_embeddings=512)
+    lines = ["hello", "what is <|endoftext|>?", "ü ✓", "a" * 50, "and then?", "b" * 33, "c" * 70,
+             "d"]
+    for n, context in ((20, 512), (9, 150), (60, 200), (0, 150), (30, 110)):
+        r = run(model, "-m", "chat", "-t", 0, "-n", n, "-c", context,
+                input="".join(x + "\n" for x in lines).encode())
+        expected, forgotten = conversation(model, lines, n, context)
+        check(f"chat with -n {n} -c {context}", r.code == 0 and r.out == expected, (r, expected))
+        said = [int(x.split()[-3]) for x in r.err.splitlines() if "forgotten" in x]
+        check(f"chat with -n {n} -c {context} forgets {forgotten}", sum(said) == forgotten and
+              all(x.startswith(("chat: ", "model: ", "sampling: ")) for x in r.err.splitlines()), r)
+    check("chats of this length do forget", forgotten > 0)
+    first, _ = conversation(model, lines[:2], 20, 512)
+    for what, args, text in (("a prompt, then lines", ("-i", lines[0]), lines[1] + "\n"),
+                             ("the last line without its end", (), "\n".join(lines[:2])),
+                             ("empty lines, Windows' line ends", (),
+                              f"\n{lines[0]}\r\n\r\n\n{lines[1]}\r\n")):
+        r = run(model, "-m", "chat", "-t", 0, "-n", 20, *args, input=text.encode())
+        check(f"chat: {what}", r.code == 0 and r.out == first, (r, first))
+    with open(here("message"), "w") as f:
+        f.write("one\ntwo")
+    r = run(model, "-m", "chat", "-t", 0, "-n", 20, "-f", here("message"))
+    check("chat: a file is one message", r.out == conversation(model, ["one\ntwo"], 20, 512)[0], r)
+    r = run(model, "-m", "chat", "-i", "")
+    check("chat: end of file", r.code == 0 and r.out == "" and not r.errors, r)
+    r = run(model, "-m", "chat", "-t", 0, "-n", 5, "-c", 60, input=b"x" * 99 + b"\nhello\n")
+    check("chat: a message that does not fit is passed over", r.code == 0 and
+          r.out == conversation(model, ["hello"], 5, 60)[0] and "117" in r.err and "60" in r.err, r)
+    r = run(model, "-m", "chat", "-t", 0, "-n", -1, "-c", 60, "--ignore-eos", input=b"x\n")
+    check("chat: an answer ends where the context does", r.code == 0 and "ends here" in r.err, r)
+    wild = ("-m", "chat", "-t", 2, "-k", 0, "-n", 30, "--repeat-penalty", 1.2, "-s")
+    r = [run(model, *wild, seed, input=b"x\ny\n", threads=t).raw
+         for seed, t in ((1, 1), (1, 2), (2, 1))]
+    check("chat: the seed decides", r[0] == r[1] != r[2], r)
+    for what, spoil, words in (("no template", {"chat_template": "none"}, ["chat template"]),
+                               ("no tokenizer", {"tokenizer": 0}, ["tokenizer"]),
+                               ("no EOS", {"eos_token_id": None}, ["eos_token_id"])):
+        bad = write_tiny(here("bad.bin"), **{"chat_template": "deepseek_v2"} | spoil)
+        r = run(bad, "-m", "chat", input=b"x\n")
+        check(f"chat: {what}", ends_well(r, False) and not r.out and
+              all(word in r.errors[0] for word in [*words, bad]), r)
+    r = run(model, "-m", "chat", "--ids")
+    check("chat with --ids", r.code == 2 and len(r.errors) == 1 and "--ids" in r.err, r)
+    r = run(write_tiny(here("huge.bin"), chat_template="deepseek_v2",
+                       max_position_embeddings=1 << 30), "-m", "chat", "-n", 3, input=b"x\n")
+    check("chat: a large context costs nothing", r.code == 0, r)
+    for what, args in (("while it waits", ("-n", "2")), ("in an answer", ("-n", "-1",
+                                                                          "--ignore-eos"))):
+        slow = write_tiny(here("slow.bin"), chat_template="deepseek_v2",
+                          max_position_embeddings=1 << 16)
+        with subprocess.Popen([RUN, slow, "-m", "chat", "-c", "60000", "-t", "2", *args],
+                              stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+                              stderr=subprocess.DEVNULL) as p:
+            p.stdin.write(b"hello\n")
+            p.stdin.flush()
+            text = p.stdout.read(1) if args[1] == "2" else p.stdout.read(20)
+            while args[1] == "2" and not text.endswith(b"\n"):
+                text += p.stdout.read(1)
+            p.send_signal(signal.SIGINT)
+            p.stdout.read()
+        check(f"chat: SIGINT {what} ends with 130", p.returncode == 130, p.returncode)
+
+
 # ---- wrong usage ------------------------------------------------------------------------------
 
 def test_usage(folder):
@@ -545,9 +710,8 @@ def test_environment(folder):
         p.stdout.read()
     check("SIGINT ends with 130", p.returncode == 130 and not os.path.exists(here("t.tmp")),
           p.returncode)
-    for mode in ("bench", "chat"):
-        r = run(model, "-m", mode)
-        check(f"-m {mode}", r.code == (mode == "chat") and len(r.errors) == (mode == "chat"), r)
+    r = run(model, "-m", "bench")
+    check("-m bench", r.code == 0 and not r.errors, r)
     r = run(write_tiny(here("one.bin"), max_position_embeddings=1), "-m", "bench")
     check("bench in a context of 1", r.code == 0 and float(r.values()["decode_tok_s"]) > 0, r)
     r = run(here("one.bin"), "-m", "eval", "--ids", "-i", "1 2 3")
@@ -579,7 +743,7 @@ def test_damage(folder):
     for n in (*range(0, 1024, 31), 1023, 1024, 1025, 1088, size // 128 * 64, size - 1):
         cases.append((f"cut to {n} bytes", good[:n], False))
     cases.append(("a byte too many", good + b"\0", False))
-    for slot in range(65):
+    for slot in range(66):
         nasty = [struct.pack("<q", v) for v in (0, 1, -1, 2**31 - 1, -2**31, 2**31, 2**32, 2**62,
                                                 -2**63, 2**63 - 1, size - 1, size + 1)]
         if slot >= 16 and SLOTS[slot - 16] in REAL:
@@ -591,7 +755,7 @@ def test_damage(folder):
     for _ in range(60):
         spoiled = bytearray(good)
         for _ in range(rng.randrange(1, 4)):
-            at = 8 * rng.randrange(1, 65) + rng.randrange(4)
+            at = 8 * rng.randrange(1, 66) + rng.randrange(4)
             spoiled[at] = rng.choice((0, 1, 2, 7, 64, 128, 255))
         cases.append(("several bytes: " + spoiled[:520].hex(), bytes(spoiled), True))
     for what, head in (("magic", b"COE2"), ("the other endianness", b"1EOC"), ("GGUF", b"GGUF"),
@@ -611,6 +775,32 @@ def test_damage(folder):
     with ThreadPoolExecutor(3) as pool:
         for what, ok, r in pool.map(try_one, enumerate(cases)):
             check(f"damaged: {what}", ok, r)
+
+
+def test_damaged_tokenizer(folder):
+    path, bad = os.path.join(folder, "bpe.bin"), os.path.join(folder, "damaged.bin")
+    with open(path, "rb") as f:
+        good = f.read()
+    size, rng = len(WORDS_AND_DIGITS), random.Random(5)
+    check("the section is there", good[1024:1024 + size] == WORDS_AND_DIGITS)
+    for slot, value in ((3, 0), (3, size - 64), (3, size + 64), (3, size - 1), (3, 2**62), (6, 0),
+                        (6, 1), (6, 3)):
+        with open(bad, "wb") as f:
+            f.write(good[:8 * slot] + struct.pack("<q", value) + good[8 * slot + 8:])
+        r = run(bad, "-m", "tokenize", "-i", "the")
+        check(f"slot {slot} is {value}", ends_well(r, False) and bad in r.err, r)
+    refused = 0
+    for i in range(200):
+        data = bytearray(good)
+        for _ in range(rng.randrange(1, 4)):
+            at = 1024 + 4 * rng.randrange(12 if i % 4 == 0 else size // 4)
+            data[at:at + 4] = struct.pack("<I", rng.choice((0, 1, 255, 270, 2**31, 2**32 - 1)))
+        with open(bad, "wb") as f:
+            f.write(data)
+        r = run(bad, "-m", "tokenize", "-i", "the <eos>12123 the  <tag>\n ü")
+        refused += r.code == 1
+        check("a damaged tokenizer", ends_well(r, True) and (r.code == 0 or bad in r.err), r)
+    check("some damage is found", refused > 50, refused)
 
 
 def test_not_models(folder):
@@ -640,8 +830,8 @@ def main():
         print("deviations from the reference: logits (of the largest), weights of experts")
         for name in sorted(os.listdir(GOLDEN)):
             print(f"  {name:24} {'%.1e %.1e' % test_golden(name, folder)}")
-        for test in (test_types, test_eval, test_text, test_stream, test_usage, test_environment, test_damage,
-                     test_not_models):
+        for test in (test_types, test_eval, test_text, test_stream, test_bpe, test_chat, test_usage,
+                     test_environment, test_damage, test_damaged_tokenizer, test_not_models):
             test(folder)
     print(f"{passed} passed, {failed} failed")
     sys.exit(failed > 0)

@@ -19,6 +19,8 @@ import tempfile
 import time
 from array import array
 
+from test_run import DARK, NO_LIMIT, SPACE, tokenizer_section, write_tiny
+
 TRAIN = os.path.abspath(sys.argv[1] if len(sys.argv) > 1 else "train")
 PLAIN = os.path.abspath(sys.argv[2]) if len(sys.argv) > 2 else None
 
@@ -440,6 +442,48 @@ def test_other_models(folder):
         "--tokenizer", here("b.bin"))
     good("--resume with its own", "--resume", here("b.bin"), "--tokenizer", here("b.bin"),
          "--eval_problems", 0)
+
+
+def test_bpe(folder):
+    """Training with another model's tokenizer: its ids, its section in the checkpoint."""
+    here = lambda name: os.path.join(folder, name)
+    section = tokenizer_section([(b"t", b"h"), (b"th", b"e"), (b"\n", b"\n")],
+                                [(b"<bos>", 1), (b"<eos>", 1)],                     # 259, 260
+                                [[[(0, SPACE, 1, NO_LIMIT), (1, DARK, 0, 0)],
+                                  [(0, DARK, 1, NO_LIMIT)], [(0, SPACE, 1, NO_LIMIT)]]])
+    special = {"vocab_size": 270, "bos_token_id": 259, "eos_token_id": 260}
+    bpe = write_tiny(here("bpe.bin"), 2, section=section, chat_template="deepseek_v2", **special)
+    other = write_tiny(here("other.bin"), 2, section=section.replace(b"<bos>", b"<BOS>"), **special)
+    run = [*SMALL, "--tokenizer", bpe, "-x", 3, "--eval_problems", 2, "-o", here("a.bin")]
+
+    text, ids = "the\n\n\nthe x\n<eos>", [257, 258, 10, 257, 32, 120, 10, *b"<eos>", 10, 260]
+    write(here("text"), f"{text}\n{END}" * 20)
+    write(here("tokens"), token_file(ids * 20))
+    models = [(good(f"{name} for BPE", *run, "-d", here(name)), read(here("a.bin")))[1]
+              for name in ("text", "tokens")]
+    check("a document is tokenized as a whole", models[0] == models[1])
+    data = models[0]
+    check("the checkpoint has the tokenizer", struct.unpack_from("<2q", data, 16) ==
+          (0, len(section)) and data[1024:1024 + len(section)] == section and
+          struct.unpack_from("<q", data, 48) == (2,) and struct.unpack_from("<q", data, 65 * 8) ==
+          (1,) and struct.unpack_from("<2q", data, 56 * 8) == (259, 260))
+    r = good("--show_data", *run, "-d", here("text"), "--show_data", 2)
+    check("tokens are shown as text", r.out == f"{text}\n{END}" * 2, r)
+
+    good("the built-in task", *run, "--sample_steps", 1)
+    r = good("resumed", "--resume", here("a.bin"), "--tokenizer", bpe, "-x", 5)
+    resumed = read(here("a.bin"))
+    good("all at once", *run, "-x", 5)
+    check("resumed or not, the same bytes", r.code == 0 and resumed == read(here("a.bin")))
+    bad("--resume with another tokenizer", 2, ["--tokenizer", other], "--resume", here("a.bin"),
+        "--tokenizer", other, "-x", 6)
+    good("--init takes the tokenizer along", "--init", here("a.bin"), *SMALL[len(TINY):], "-x", 1,
+         "--eval_problems", 0, "-o", here("b.bin"))
+    check("the section is the same", read(here("b.bin"))[1024:1024 + len(section)] == section)
+    bad("a vocabulary too small for it", 2, ["vocab_size", "261"], *run, "--vocab_size", 260,
+        "--bos_token_id", "null", "--eos_token_id", 0)
+    damaged = write(here("damaged.bin"), data[:1024] + b"\xff" + data[1025:])
+    bad("a damaged tokenizer", 1, [damaged], "--init", damaged)
 
 
 # ---- the log -------------------------------------------------------------------------------------
