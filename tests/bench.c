@@ -1,5 +1,5 @@
-// What the machine can do and what the kernels reach: the part of `make bench` that must be compiled
-// like the programs. tests/bench.py says what to measure and makes a table of it.
+// What the machine can do and what the kernels reach of it: the part of `make bench` that must be
+// compiled like the programs. tests/bench.py says what to measure and makes a table of it.
 //
 //     bench fma THREADS                                fused multiply-adds in registers
 //     bench read THREADS                               reading memory
@@ -43,8 +43,8 @@ static void measure_rate(void (*work)(const void *of), const void *of, double am
 
 enum { ROUNDS = 1 << 20 };
 
-// Every thread: ROUNDS fused multiply-adds on each of as many numbers as tile() in coe.c [7] holds in
-// registers, which is enough to hide that each waits for itself.
+// Every thread: ROUNDS fused multiply-adds on each of as many numbers as tile() in coe.c [7] holds
+// in registers, which is enough to hide that each waits for itself.
 WIDE static void multiply_add(const void *of) {
     const real factor = *(const real *)of;
     real total = 0;

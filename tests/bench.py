@@ -7,7 +7,8 @@
     make bench ONLY=train:T,decode:S    rows by the beginning of their name (--list shows them)
     make bench TSV=bench.tsv            the table once more, for programs
 
-Rows are medians of 5 (training T: 20) after a warm-up, and the spread is (most - least) / median.
+Rows are medians of 5 (training T: 20) after a warm-up, and the spread is (most - least) / median;
+the peer's are of as many, at scale P of 3, for it would take most of the time.
 The models have random weights and random data, in three sizes: T is a toy, S fits a laptop, P is
 the paper's. C2 is Chain-of-Experts with two iterations, C1 the mixture of experts of equal cost.
 
@@ -45,13 +46,18 @@ ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 
 # ---- what is measured ----------------------------------------------------------------------------
 
+class Sizes(dict):
+    """A dict whose keys are attributes too: s.d instead of s["d"]."""
+    __getattr__ = dict.__getitem__
+
+
 # The letters of coe.c; KC is K times C, at constant cost. B sequences of n tokens are a step of
 # training.
 SCALES = {
-    "T": dict(V=512, d=128, L=4, H=4, dn=32, dr=16, dv=32, R=64, E=16, f=64, KC=4, B=8, n=128),
-    "S": dict(V=4096, d=384, L=6, H=6, dn=64, dr=32, dv=64, R=128, E=32, f=192, KC=4, B=8, n=256),
-    "P": dict(V=102400, d=1024, L=4, H=8, dn=128, dr=64, dv=128, R=512, E=63, f=704, KC=8, B=1,
-              n=512),
+    "T": Sizes(V=512, d=128, L=4, H=4, dn=32, dr=16, dv=32, R=64, E=16, f=64, KC=4, B=8, n=128),
+    "S": Sizes(V=4096, d=384, L=6, H=6, dn=64, dr=32, dv=64, R=128, E=32, f=192, KC=4, B=8, n=256),
+    "P": Sizes(V=102400, d=1024, L=4, H=8, dn=128, dr=64, dv=128, R=512, E=63, f=704, KC=8, B=1,
+               n=512),
 }
 KEYS = dict(V="vocab_size", d="hidden_size", L="num_hidden_layers", H="num_attention_heads",
             dn="qk_nope_head_dim", dr="qk_rope_head_dim", dv="v_head_dim", R="kv_lora_rank",
@@ -75,7 +81,7 @@ KINDS = {       # what a row measures, by the first word of its name
     "context": "decoding after a prompt of 128 and of 4,096 tokens",
     "threads": "speed with all threads over that with one; the share: of what the limits do",
     "experts": "speed with 64 experts over that with 16, K and f the same",
-    "chain": "extra time of 2 or 4 iterations over 1, by their extra operations; K the same",
+    "chain": "extra time of 2 or 4 iterations over 1, by their extra operations or bytes; same K",
     "startup": "the file in memory: until it has been checked, and until the first token is out",
 }
 QUICK = "limit kernel:S:expert train:T:C2 train:S:C2 gradients:S:C2 prefill:S:C2 decode:T:C2:f32 " \
@@ -90,7 +96,7 @@ class Model(NamedTuple):
     outer: bool = False                 # where the residual is: around the chain, or in it
 
     def sizes(self):
-        return SimpleSizes(SCALES[self.scale] | dict(C=self.C, K=self.K, E=self.E))
+        return Sizes(SCALES[self.scale] | dict(C=self.C, K=self.K, E=self.E))
 
     def config(self):
         """The model as options."""
@@ -101,18 +107,13 @@ class Model(NamedTuple):
         return [word for name, value in keys.items() for word in (f"--{name}", str(value))]
 
 
-class SimpleSizes(dict):
-    """A dict whose keys are attributes too: s.d instead of s["d"]."""
-    __getattr__ = dict.__getitem__
-
-
 def model_of(scale, C, **more):
     s = SCALES[scale]
-    return Model(**dict(scale=scale, C=C, K=s["KC"] // C, E=s["E"], outer=C == 1) | more)
+    return Model(**dict(scale=scale, C=C, K=s.KC // C, E=s.E, outer=C == 1) | more)
 
 
 def counts(model):
-    """(weights that a token is multiplied with before lm_head, those of lm_head, all parameters)."""
+    """(weights that a token is multiplied with before lm_head, those of lm_head, parameters)."""
     s = model.sizes()
     attention = s.d * s.H * (s.dn + s.dr) + s.d * (s.R + s.dr) + s.R * s.H * (s.dn + s.dv) \
         + s.H * s.dv * s.d
@@ -147,18 +148,19 @@ class Broken(Exception):
     """A program failed that should not have."""
 
 
-def call(command, **more):
+def call(command):
     """The finished process of a command, with its output as text."""
     try:
         return subprocess.run(list(map(str, command)), stdin=subprocess.DEVNULL,
-                              stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **more)
+                              stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     except OSError as e:
         raise Broken(f"{command[0]}: {e.strerror}") from None
 
 
 def problem(done):
     """How a command ended that should have ended well."""
-    return f"exit code {done.returncode}: {(done.stderr.strip().splitlines() or ['no message'])[-1]}"
+    lines = done.stderr.strip().splitlines() or ["no message"]
+    return f"exit code {done.returncode}: {lines[-1]}"
 
 
 def succeed(command):
@@ -201,6 +203,7 @@ class Bench:
         self.options, self.folder, self.threads = options, folder, options.threads
         self.peer_modes = {}            # (scale, C) -> what the peer will be asked for
         self.stored = None              # the model whose files there are
+        self.notes = {}                 # what went wrong -> where
 
     # -- models and data
 
@@ -227,7 +230,8 @@ class Bench:
         for what, needed, there in (("memory", memory, free_memory()),
                                     ("disk", disk, shutil.disk_usage(self.folder).free)):
             if needed > there:
-                raise Missing(f"needs {needed / GIGA:.1f} GB of {what}, {there / GIGA:.1f} are free")
+                raise Missing(f"needs {needed / GIGA:.1f} GB of {what}, "
+                              f"{there / GIGA:.1f} are free")
 
     def tokens(self, name, n, V):
         """A token file as llm.c has them, with n random ids."""
@@ -256,9 +260,8 @@ class Bench:
         is not waited for."""
         s = model.sizes()
         self.need(17 * counts(model)[2])
-        warm, steps = (1, REPEATS) if model.scale == "P" else (2, REPEATS)
-        if model.scale == "T":
-            steps = 4 * REPEATS
+        warm = 1 if model.scale == "P" else 2
+        steps = 4 * REPEATS if model.scale == "T" else REPEATS
         command = [self.options.train, "--init", self.path(model), "--profile",
                    "-b", s.B, "-l", s.n, "-x", warm + steps, "--threads", threads,
                    "-d", self.tokens("tokens", 8 * s.B * s.n + 1, s.V),
@@ -285,13 +288,13 @@ class Bench:
 
     @functools.cache
     def running(self, model, dtype, threads):
-        """./run -m bench: prefill and decode. In a short context where prefill is not wanted."""
-        short = ["-c", 48] if model.scale == "P" and (dtype, threads) != ("f32", self.threads) else []
-        done = call([self.options.run, self.path(model, dtype), "-m", "bench",
-                     "--threads", threads, *short])
-        if done.returncode:
-            raise Broken(problem(done))
-        value = {name: float(x) for name, x in (line.split() for line in done.stdout.splitlines())}
+        """./run -m bench: prefill and decode. P takes long: a short context where prefill is not
+        wanted."""
+        wanted = dtype == "f32" and threads == self.threads
+        short = ["-c", 48] if model.scale == "P" and not wanted else []
+        out, _ = succeed([self.options.run, self.path(model, dtype), "-m", "bench",
+                          "--threads", threads, *short])
+        value = {name: float(x) for name, x in (line.split() for line in out.splitlines())}
         return {what: Timing(value[what + "_tok_s"], value[what + "_spread"])
                 for what in ("prefill", "decode")}
 
@@ -321,16 +324,19 @@ class Bench:
         """The peer's measurements, by mode."""
         if not self.options.peer:
             return {}
-        modes = ",".join(sorted(self.peer_modes[scale, C]))
-        if scale == "P":
-            self.need(14 * GIGA)
+        modes = ",".join(sorted(self.peer_modes[scale, C], reverse=True))   # training first
         try:
+            self.need(17 * counts(model_of(scale, C))[2])
             out, _ = succeed([self.options.peer_python, self.options.peer, "bench", "--impl",
                               "fast", "--scale", scale, "--mode", modes, "--C", C,
-                              "--threads", self.threads])
+                              "--threads", self.threads, "--reps", 3 if scale == "P" else REPEATS])
             return {line["mode"]: line for line in map(json.loads, out.splitlines())}
-        except (Broken, ValueError, KeyError) as e:
-            raise Missing(f"peer: {e}") from None
+        except (Missing, Broken, ValueError, KeyError) as e:
+            self.note(f"{scale}:C{C} of the peer", e)
+            return {}
+
+    def note(self, where, problem):
+        self.notes.setdefault(str(problem).replace(self.folder + os.sep, ""), []).append(where)
 
 
 def end(process):
@@ -455,7 +461,7 @@ def experts(b, what, few, many):
 
 
 def chain(b, what, one, more):
-    """Decoding is bound by reading: there it is bytes that are compared."""
+    """How much more time, by how much more work: in decoding that is the bytes that are read."""
     speeds = [speed_of(b, what, model) for model in (one, more)]
     n = one.sizes().n
     cost = [forward_flops(model, n, n) if what == "train" else token_bytes(model, 80, 4)
@@ -481,7 +487,6 @@ def rows(threads_):
         for n in sorted({1, threads_}):
             add(f"limit:{what}:{n}", limit, what, n)
     for scale, s in SCALES.items():
-        s = SimpleSizes(s)
         tokens, K = s.B * s.n, s.KC // 2
         loss_rows = min(tokens, max(96, min(384, (1 << 24) // s.V)))    # as in train.c [6]
         for part, n, sizes, copies in (("attention", tokens, (s.d, s.H * (s.dn + s.dr)), s.L),
@@ -514,7 +519,7 @@ def rows(threads_):
                 add(f"threads:{tag}:{'decode' if scale == 'P' else 'train'}", threads,
                     "decode" if scale == "P" else "train", m)
         if scale == "S":
-            base, inner = model_of("S", 2), dict(K=SCALES["S"]["KC"] // 2, outer=False)
+            base, inner = model_of("S", 2), dict(K=s.KC // 2, outer=False)
             for what in ("train", "decode"):
                 add(f"experts:S:{what}", experts, what, base._replace(E=16), base._replace(E=64))
             for what in ("train", "decode"):
@@ -535,7 +540,7 @@ def number(x):
 
 
 def percent(x):
-    return "" if x is None else f"{100 * x:.1f} %"
+    return "" if x is None else f"{100 * x:.{int(x < 10)}f} %"
 
 
 def line_of(name, result="-", unit="", spread="", detail="", share="", peer="", ratio=""):
@@ -580,24 +585,23 @@ def processor():
 
 def measure_all(bench, chosen):
     """Prints the table as it grows. Returns the figures and whether something broke."""
-    figures, notes, broken = {}, {}, False
+    figures, broken = {}, False
     print(f"{processor()}, {bench.threads} thread{'s'[:bench.threads > 1]}")
     print(line_of(*COLUMNS))
     for row in chosen:
         try:
             figures[row.name] = row.measure(bench)
-        except (Missing, Broken) as e:
+        except (Missing, Broken, OSError) as e:
             figures[row.name] = None
-            note = str(e).replace(bench.folder + os.sep, "")
-            notes.setdefault(note, []).append(row.name)
-            broken |= isinstance(e, Broken)
+            bench.note(row.name, e)
+            broken |= not isinstance(e, Missing)
         print_row(row.name, figures[row.name])
     print()
     for kind, meaning in KINDS.items():
-        if any(row.name.startswith(kind) for row in chosen):
+        if any(row.name.startswith(kind + ":") for row in chosen):
             print(f"{kind:10} {meaning}")
-    for note, names in notes.items():
-        print(textwrap.fill(f"- {', '.join(names)}: {note}", 100, subsequent_indent="  "))
+    for note, where in bench.notes.items():
+        print(textwrap.fill(f"- {', '.join(where)}: {note}", 100, subsequent_indent="  "))
     return figures, broken
 
 
@@ -628,7 +632,8 @@ def main():
     if not 1 <= options.threads <= 1024:
         parser.error(f"--threads is {options.threads}, must be 1..1024")
     every = rows(options.threads)
-    wanted = [name for name in options.only.split(",") if name] or (QUICK if options.quick else [""])
+    wanted = [name for name in options.only.split(",") if name] or \
+        (QUICK if options.quick else [""])
     for name in wanted:
         if not any(row.name.startswith(name) for row in every):
             parser.error(f"--only: no row begins with \"{name}\"; --list shows them")

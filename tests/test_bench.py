@@ -36,7 +36,7 @@ def check(what, ok, detail=""):
 
 def call(*command):
     return subprocess.run(list(map(str, command)), stdin=subprocess.DEVNULL, text=True,
-                          stdout=subprocess.PIPE, stderr=subprocess.PIPE, timeout=120)
+                          stdout=subprocess.PIPE, stderr=subprocess.PIPE, timeout=900)
 
 
 def table(*arguments, train=TRAIN, run=RUN):
@@ -52,7 +52,8 @@ def test_counts(folder):
     for model in models:
         r = call(BENCH, "model", path, *model.config())
         check(f"a file of {model}", r.returncode == 0, r)
-        info = dict(line.split(" ", 1) for line in call(RUN, path, "-m", "info").stdout.splitlines())
+        lines = call(RUN, path, "-m", "info").stdout.splitlines()
+        info = dict(line.split(" ", 1) for line in lines)
         s, (body, head, total) = model.sizes(), bench.counts(model)
         norms = s.L * (2 * s.d + s.R) + s.d
         check(f"parameters of {model}", int(info["total_parameters"]) == total, info)
@@ -101,10 +102,14 @@ def test_faults(folder):
     r = table("--only", "decode:T:C2:f32,limit:fma", run="/bin/false")
     check("a program that fails", r.returncode == 1 and "decode:T:C2:f32: exit code" in r.stdout and
           "limit:fma:1" in r.stdout, r)
+    r = table("--only", "train:T:C2", train=os.path.join(folder, "missing"))
+    check("a program that is not there", r.returncode == 1 and "No such file" in r.stdout, r)
     r = table("--only", "train:T:C2", train=RUN)
     check("a program that does not train", r.returncode == 1 and "unknown option" in r.stdout, r)
     r = table("--only", "train:T:C2", "--peer", "missing.py")
-    check("a peer that is not there", r.returncode == 0 and "peer: " in r.stdout, r)
+    row = next(line for line in r.stdout.splitlines() if line.startswith("train:T:C2"))
+    check("a peer that is not there: our figure is", r.returncode == 0 and
+          "T:C2 of the peer: " in r.stdout and "tokens/s" in row, r)
     r = table("--only", "threads:T")
     check("one thread", r.returncode == 0 and "one thread only" in r.stdout, r)
     for arguments in (["fma"], ["dx", 1, 2, 3], ["dx", 1, 2, 3, 0, 1], ["int4", 1, 1, 2, 3, 4],
