@@ -1092,6 +1092,9 @@ def with_defaults(source):
     change the header)."""
     c, files = source.config, dict(source.files)
     said = {s.name: s.default for s in TEXT_SLOTS} | {"add_bos_token": c.tokenizer == "bytes"}
+    if c.tokenizer == "bpe" and "tokenizer.json" in files:
+        found = parse_json(files["tokenizer.json"], source.path)
+        said["add_bos_token"] = begins_with_bos(found, c)
     said |= defaults_in(files, source.path)
     for name, slots in DEFAULTS.items():
         if all(c[s.name] == said[s.name] for s in slots):
