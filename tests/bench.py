@@ -74,7 +74,7 @@ KINDS = {       # what a row measures, by the first word of its name
     "kernel": "matrix products of a training step; f32, bf16, q8: of one token, as in decoding",
     "train": "a training step: forward, backward, AdamW, without clipping",
     "gradients": "the same without AdamW",
-    "adamw": "AdamW alone: 28 bytes a parameter, at the speed of reading",
+    "adamw": "AdamW alone, which clears the gradients: 32 bytes a parameter at the speed of reading",
     "memory": "peak memory of training; the share: 16 bytes a parameter of it",
     "prefill": "a prompt of 512 tokens and the logits of its last one",
     "decode": "128 tokens, one by one",
@@ -401,7 +401,7 @@ def train(b, model, without_adamw=False):
 def adamw(b, model):
     t, s = b.training(model, b.threads), model.sizes()
     seconds = t.adamw * s.B * s.n / t.speed.rate
-    traffic = 28 * counts(model)[2] / seconds       # reads w, m, v and g, writes w, m and v
+    traffic = 32 * counts(model)[2] / seconds       # reads and writes w, m, v and g
     line = b.peer(model.scale, model.C).get("train")
     return Figure(1e3 * seconds, "ms", None, gbytes(traffic), traffic / b.reading(b.threads),
                   line and 1e3 * line["adamw_s"], less=True)
