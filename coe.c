@@ -1000,8 +1000,8 @@ static void widen(Model *m) {
 
 // Opens a model file, or ends the program. With `to_train` the weights are read into memory, as
 // float32; otherwise they are mapped, so that starting takes no longer for a large model and pages
-// come as they are used. *state, if wanted, is the file, still open, at its training state of *state_bytes
-// bytes; that works with to_train only.
+// come as they are used. *state, if wanted, is the file, still open, at its training state of
+// *state_bytes bytes; that works with to_train only.
 static Model model_open(const char *path, int to_train, FILE **state, uint64_t *state_bytes) {
     Model m = { 0 };
     Header h;
@@ -2008,8 +2008,9 @@ static void expert_forward(State *s, Iteration *i, const Layer *w, size_t e) {
                      &w->experts_up_proj, &w->experts_down_proj, e, n);
 }
 
-// The same for all experts of a single token, and the shared ones: what is in the way of speed then
-// is that the threads meet, so it is done in two goes, gate and up projections, then down ones.
+// The same for all experts that a single token chose, and i->ffn = the shared ones. With so little
+// work it matters how often the threads meet: here twice, for all gate and up projections and for
+// all down projections.
 static void experts_of_one(const Config *c, State *s, Iteration *i, const Layer *w) {
     const size_t K = c->num_experts_per_tok, d = c->hidden_size, f = c->moe_intermediate_size,
         fS = f * (size_t)c->n_shared_experts, P = per_word(w->experts_gate_proj.type);

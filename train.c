@@ -1728,7 +1728,8 @@ static void show_documents(const Run *run, const Stream *s, int64_t n, int held_
     }
 }
 
-// A new model, as the options describe it, still without weights; its context is at least a window long.
+// A new model, as the options describe it, still without weights; its context is at least a window
+// long.
 static void fresh_model(Run *run, const Options *tables) {
     Model *m = &run->model;
     Config *c = &m->config;
