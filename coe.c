@@ -1389,6 +1389,23 @@ static void product_of(real *c, size_t ldc, const real *a, size_t ai, size_t ak,
     }
 }
 
+// The lanes of each of four vectors added up. Riffling two vectors and adding the halves makes one
+// vector of their sums, at half the length each.
+WIDE static inline __attribute__((always_inline)) void add_lanes_of_four(real total[4],
+                                                                         const vec s[4]) {
+#ifdef RIFFLE_LOW
+    const vec a = RIFFLE_LOW(s[0], s[1]) + RIFFLE_HIGH(s[0], s[1]);
+    const vec b = RIFFLE_LOW(s[2], s[3]) + RIFFLE_HIGH(s[2], s[3]);
+    const vec c = RIFFLE_LOW(a, b) + RIFFLE_HIGH(a, b);     // lanes of rows 0, 2, 1, 3, 0, 2, 1, 3
+    real part[LANES];
+    memcpy(part, &c, sizeof part);
+    for (size_t k = 0; k < 4; k++) total[k] = 0;
+    for (size_t i = 0; i < LANES; i++) total[(i % 4 * 2 + i % 4 / 2) % 4] += part[i];
+#else
+    for (size_t k = 0; k < 4; k++) total[k] = add_lanes(s[k]);
+#endif
+}
+
 // y[j .. j + 3] (of the `out` that there are) = rows j .. of w times x, or += with `add`, for `in`
 // columns from `first` on; x is in the order of spread(). Four rows of w at a time keep enough
 // loads on their way, and the next four are asked for early: the processor guesses by itself what
@@ -1416,10 +1433,11 @@ WIDE static inline __attribute__((always_inline)) void four_rows(
             s[k] += type == Q8
                 ? g[k] * w.scale[row[k] * groups_of(w.ld) + (first + begin) / GROUP] : g[k];
     }
+    real total[4];
+    add_lanes_of_four(total, s);
     for (size_t k = 0; k < 4 && j + k < out; k++) {
-        real tail = 0;
-        for (size_t i = whole; i < in; i++) tail += x[i] * weight(w, j + k, first + i);
-        y[j + k] = (add ? y[j + k] : 0) + (add_lanes(s[k]) + tail);
+        for (size_t i = whole; i < in; i++) total[k] += x[i] * weight(w, j + k, first + i);
+        y[j + k] = (add ? y[j + k] : 0) + total[k];
     }
 }
 

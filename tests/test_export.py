@@ -194,9 +194,10 @@ def test_memory_and_interrupt(tmp):
     check(os.path.getsize(f"{tmp}/big4.bin") < 0.27 * size * 1e6, "q8 is small")
 
     before = sorted(os.listdir(tmp))
-    for number in (signal.SIGINT, signal.SIGTERM):
+    for number in (signal.SIGINT, signal.SIGTERM):     # (a test in the background ignores SIGINT)
         child = subprocess.Popen([sys.executable, EXPORT, f"{tmp}/big.json", f"{tmp}/new.bin",
-                                  "--init", "1"], stderr=subprocess.PIPE, text=True)
+                                  "--init", "1"], stderr=subprocess.PIPE, text=True,
+                                 preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))
         while child.poll() is None and sorted(os.listdir(tmp)) == before:
             time.sleep(0.01)
         child.send_signal(number)
