@@ -1378,13 +1378,16 @@ static void product_of(real *c, size_t ldc, const real *a, size_t ai, size_t ak,
         const size_t i0 = block / across * BLOCK_ROWS, j0 = block % across * TILE_COLS;
         const size_t rows = M - i0 < BLOCK_ROWS ? M - i0 : BLOCK_ROWS;
         const size_t cols = N - j0 < TILE_COLS ? N - j0 : TILE_COLS;
+        // A tile that is alone reads b where it lies: a panel would be used only once.
+        const int alone = rows <= TILE_ROWS && cols == TILE_COLS && !transposed && b.type == F32;
         for (size_t k0 = 0; k0 < K; k0 += PANEL_DEPTH) {
             const size_t depth = K - k0 < PANEL_DEPTH ? K - k0 : PANEL_DEPTH;
-            pack(panel, b, transposed, k0, j0, depth, cols);
+            const real *from = alone ? (const real *)b.data + k0 * b.ld + j0 : panel;
+            if (!alone) pack(panel, b, transposed, k0, j0, depth, cols);
             for (size_t i = 0; i < rows; i += TILE_ROWS)
                 tile_cols(c + (i0 + i) * ldc + j0, ldc, a + (i0 + i) * ai + k0 * ak, ai, ak,
-                          panel, TILE_COLS, depth, rows - i < TILE_ROWS ? rows - i : TILE_ROWS,
-                          cols, add || k0);
+                          from, alone ? b.ld : TILE_COLS, depth,
+                          rows - i < TILE_ROWS ? rows - i : TILE_ROWS, cols, add || k0);
         }
     }
 }
@@ -1452,10 +1455,11 @@ WIDE static void rows_of(real *y, const real *x, Matrix w, size_t j, size_t firs
 // Copies n numbers of x to where load_part() wants them: of each P * LANES, those that belong to
 // part 0 come first. What is left over keeps its order.
 static void spread(real *to, const real *x, size_t n, size_t P) {
-    for (size_t i = 0; i < n; i++) {
-        const size_t block = i / (P * LANES) * (P * LANES), k = i - block;
-        to[block + P * LANES <= n ? block + k % P * LANES + k / P : i] = x[i];
-    }
+    size_t i = 0;
+    for (; i + P * LANES <= n; i += P * LANES)
+        for (size_t k = 0; k < P; k++)
+            for (size_t l = 0; l < LANES; l++) to[i + k * LANES + l] = x[i + l * P + k];
+    for (; i < n; i++) to[i] = x[i];
 }
 
 // y (n, out) = x (n, in) w (out, in)^T, or += with `add`, for few rows: every number of w is used n

@@ -28,7 +28,7 @@
       "sequences at once; null: the batch")                                                        \
     X(INT,  max_steps,         "max_steps",        'x',     0, 1e12,       "",         "4000",     \
       "steps in all, resumed ones included")                                                       \
-    X(NUM,  learning_rate,     "learning_rate",    0,       0, 1e9,        "",         "2e-3",     \
+    X(NUM,  learning_rate,     "learning_rate",    0,       0, 1e9,        "",         "1.2e-3",   \
       "of AdamW, after warm-up")                                                                   \
     X(INT,  warmup_steps,      "warmup_steps",     0,      -1, 1e12,       "null",     "null",     \
       "steps of linear warm-up; null: by warmup_ratio")                                            \
