@@ -1496,6 +1496,7 @@ static void products(const Product *p, size_t n) {
         end[k] = all += (p[k].out + 3) / 4;
         work += p[k].in * p[k].out;
     }
+    (void)work;                                         // if there is no OpenMP
     #pragma omp parallel for schedule(static) if (worth_threads(work))
     for (size_t four = 0; four < all; four++) {
         size_t k = 0;
