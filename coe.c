@@ -1488,8 +1488,8 @@ WIDE static void few_rows(real *y, size_t ldy, const real *x, size_t ldx, Matrix
 typedef struct { real *y; const real *x; Matrix w; size_t in, out; } Product;
 enum { MOST_PRODUCTS = 128 };
 
-// n <= MOST_PRODUCTS of them, whose rows the threads share as if they were one. Meeting once for
-// all instead of once for each is a third of the time of a small model.
+// n <= MOST_PRODUCTS of them, whose rows the threads share as if they were one: where matrices are
+// small, meeting once for each would take longer than the work.
 static void products(const Product *p, size_t n) {
     size_t end[MOST_PRODUCTS], all = 0, work = 0;       // fours of rows up to the end of each
     for (size_t k = 0; k < n; k++) {
