@@ -505,7 +505,7 @@ def check(folder):
 # a float32 run of this file is from a float64 one.
 CLEAR = 1e-4
 CLEAR_TRAIN = 10            # times that error
-CALM = 5e-5                 # and its loss and weights must not be further away than this, relative:
+CALM = 1e-5                 # and its loss and weights must not be further away than this, relative:
                             # in some random models rounding alone would be visible
 
 
