@@ -2349,12 +2349,13 @@ static const char *token_text(const Tokenizer *t, uint32_t id, size_t *length) {
     return t->text + t->first[id];
 }
 
-// Compares two texts, or those of two tokens, byte by byte: < 0, 0 or > 0. A text comes after its
-// own beginnings.
+// Compares two texts byte by byte: < 0, 0 or > 0. A text comes after its own beginnings.
 static int compare_texts(const char *a, size_t na, const char *b, size_t nb) {
     const int c = memcmp(a, b, na < nb ? na : nb);
     return c ? c : (na > nb) - (na < nb);
 }
+
+// The same for the texts of two tokens.
 static int compare_tokens(const Tokenizer *t, uint32_t a, uint32_t b) {
     size_t na, nb;
     const char *ta = token_text(t, a, &na), *tb = token_text(t, b, &nb);
@@ -2647,12 +2648,14 @@ static int pair_before(const Pair *a, const Pair *b) {
     return a->rank < b->rank || (a->rank == b->rank && a->at < b->at);
 }
 
-// Adds a pair to a heap of *n; takes the first one out.
+// Adds a pair to a heap of *n.
 static void heap_push(Pair *heap, size_t *n, Pair p) {
     size_t i = (*n)++;
     for (; i && pair_before(&p, &heap[(i - 1) / 2]); i = (i - 1) / 2) heap[i] = heap[(i - 1) / 2];
     heap[i] = p;
 }
+
+// Takes the first pair out of a heap of *n.
 static Pair heap_pop(Pair *heap, size_t *n) {
     const Pair first = heap[0], last = heap[--*n];
     size_t i = 0;
@@ -2759,8 +2762,7 @@ static int is_white(uint32_t code) {
                    compare_range) != NULL;
 }
 
-// Where the white space before text[at] starts, at `low` at the earliest; where that from `at` on
-// ends.
+// Where the white space before text[at] starts, at `low` at the earliest.
 static size_t white_before(const char *text, size_t low, size_t at) {
     uint32_t code;
     while (at > low) {
@@ -2771,6 +2773,8 @@ static size_t white_before(const char *text, size_t low, size_t at) {
     }
     return at;
 }
+
+// Where the white space from text[at] on ends, at n at the latest.
 static size_t white_after(const char *text, size_t at, size_t n) {
     uint32_t code;
     while (at < n) {

@@ -422,12 +422,14 @@ static Writer writer_new(const Run *r) {
     return w;
 }
 
-// Ends the line of output; gives back the memory of a writer.
+// Ends the line of output.
 static void end_line(Writer *w) {
     utf8_flush(&w->printer.text, 1);
     putchar('\n');
     flush_stdout();
 }
+
+// Gives back the memory of a writer.
 static void writer_free(Writer *w) {
     release(w->candidate);
     release(w->seen);
