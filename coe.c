@@ -113,13 +113,18 @@ static void *allocate(size_t bytes, const char *what) {
 // Gives back what allocate() gave, or does nothing for NULL.
 static void release(void *aligned) { if (aligned) free(((void **)aligned)[-1]); }
 
-// The number of threads in use, and which of them is running.
+// The number of threads in use, which of them is running, how many run beside it and itself, and
+// whether all have work already.
 #ifdef _OPENMP
 static int thread_count(void) { return omp_get_max_threads(); }
 static int thread_id(void)    { return omp_get_thread_num(); }
+static int team_size(void)    { return omp_get_num_threads(); }
+static int at_work(void)      { return omp_in_parallel(); }
 #else
 static int thread_count(void) { return 1; }
 static int thread_id(void)    { return 0; }
+static int team_size(void)    { return 1; }
+static int at_work(void)      { return 0; }
 #endif
 
 // Seconds from some fixed point, on a clock that nobody can set back.
@@ -148,6 +153,24 @@ static void phase(int next) {
 }
 
 enum { MOST_THREADS = 1024 };
+
+// Pieces of work 0 .. n - 1 for the threads of a parallel region. A thread begins with a share of
+// its own, the same every time, because what it wrote there before is in its cache; then it helps
+// the others, which may be slower or disturbed.
+typedef struct { size_t n; unsigned taken[MOST_THREADS]; } Work;
+
+// A piece that nobody has taken yet, or n when there is none.
+static size_t next_piece(Work *w) {
+    const size_t threads = (size_t)team_size(), me = (size_t)thread_id();
+    for (size_t k = 0; k < threads; k++) {
+        const size_t who = (me + k) % threads, first = w->n * who / threads;
+        const size_t share = w->n * (who + 1) / threads - first;
+        const size_t piece = __atomic_fetch_add(&w->taken[who], 1, __ATOMIC_RELAXED);
+        if (piece < share) return first + piece;
+    }
+    return w->n;
+}
+
 // Uses n threads; with 0 as many as OMP_NUM_THREADS says, or where that makes no sense the machine.
 static void set_threads(int64_t n) {
 #ifdef _OPENMP
@@ -1056,13 +1079,17 @@ static void model_free(Model *m) {
 // registers for.
 
 #if defined(__AVX512F__)
-enum { VECTOR_BYTES = 64, PANEL_VECTORS = 4 };      // 32 registers of 64 bytes: see [7] for the 4
+enum { VECTOR_BYTES = 64 };
+#define PANEL_VECTORS 4         // 32 registers of 64 bytes: see [7] for the 4
 #elif defined(__AVX__)
-enum { VECTOR_BYTES = 32, PANEL_VECTORS = 2 };      // 16 registers of 32
+enum { VECTOR_BYTES = 32 };
+#define PANEL_VECTORS 2         // 16 registers of 32
 #elif defined(__ARM_NEON)
-enum { VECTOR_BYTES = 16, PANEL_VECTORS = 4 };      // 32 registers of 16
+enum { VECTOR_BYTES = 16 };
+#define PANEL_VECTORS 4         // 32 registers of 16
 #else
-enum { VECTOR_BYTES = 16, PANEL_VECTORS = 2 };
+enum { VECTOR_BYTES = 16 };
+#define PANEL_VECTORS 2
 #endif
 enum { LANES = VECTOR_BYTES / sizeof(real) };
 typedef real vec  __attribute__((vector_size(VECTOR_BYTES)));
@@ -1129,8 +1156,10 @@ static inline real exp_fast(real x) {
 // 1 / (1 + e^-x)
 static inline real sigmoid(real x) { return 1 / (1 + exp_fast(-x)); }
 
-// Whether work of this many operations repays waking the other threads (a few microseconds).
-static int worth_threads(size_t operations) { return operations > 20000; }
+// Whether work of this many operations repays waking the other threads (a few microseconds). Where
+// all are at work already it does not, and there it should not reach a pragma either: OpenMP would
+// make a team of one, which takes longer than a small product.
+static int worth_threads(size_t operations) { return operations > 20000 && !at_work(); }
 
 // y_i = w_i x_i / rms,  1 / rms = (mean_j x_j^2 + eps)^(-1/2)
 // y (n, d) at stride ldy, x (n, d) at stride ldx, w (d).  kept: inverse (n) = 1 / rms, unless NULL
@@ -1189,27 +1218,37 @@ static void softmax(real *x, size_t n, real scale, real *total) {
 // room, and 24 independent sums hide that each takes 4 cycles. Fewer rows would wait for loads, and
 // more would not fit.
 //
-// b is copied, PANEL_DEPTH rows and one tile wide, into a panel: contiguous, as cache and TLB like
-// it, and transposed on the way where b is w^T. One panel serves a whole block of rows of a.
+// Where b is w^T, or of a narrow type, it is copied on the way, PANEL_DEPTH rows and one tile wide,
+// into a panel that serves a whole block of rows of a. Where it is w itself it is read in place: its
+// rows are as contiguous as a panel's, and asking for them some steps ahead hides that they are far
+// apart.
 //
 // Each c is summed over k in one fixed order, whatever tile or thread it falls to: the number of
 // threads does not change a bit.
 
-enum { TILE_ROWS = 6, TILE_COLS = PANEL_VECTORS * LANES, PANEL_DEPTH = 256,
-       BLOCK_ROWS = 32 * TILE_ROWS };
+enum { TILE_ROWS = 6, TILE_COLS = PANEL_VECTORS * LANES, PANEL_DEPTH = 256, AHEAD = 8,
+       BLOCK_ROWS = 32 * TILE_ROWS,
+       CACHE_NUMBERS = 1 << 19 };       // what a core keeps close: 2 MB, a second-level cache
 
 // c (rows, vectors * LANES) = a b, or += with `add`, over depth k: a[i][k] at a[i * ai + k * ak],
 // b[k][j] at b[k * ldb + j], c[i][j] at c[i * ldc + j]. Inlined with constant `rows` and `vectors`:
-// only then do the sums live in registers.
+// only then do the sums live in registers. The prefetches cost nothing, there is room for loads: c
+// will be needed at the end, and row k + AHEAD of b is of no stream that the processor would guess.
 WIDE static inline __attribute__((always_inline)) void tile(
         real *c, size_t ldc, const real *a, size_t ai, size_t ak, const real *b, size_t ldb,
         size_t depth, int rows, int vectors, int add) {
     vec s[TILE_ROWS][PANEL_VECTORS];
     for (int i = 0; i < rows; i++)
-        for (int j = 0; j < vectors; j++) s[i][j] = (vec){ 0 };
+        for (int j = 0; j < vectors; j++) {
+            s[i][j] = (vec){ 0 };
+            __builtin_prefetch(c + (size_t)i * ldc + (size_t)j * LANES, 1);
+        }
     for (size_t k = 0; k < depth; k++) {
         vec bk[PANEL_VECTORS];
-        for (int j = 0; j < vectors; j++) bk[j] = load(b + k * ldb + (size_t)j * LANES);
+        for (int j = 0; j < vectors; j++) {
+            bk[j] = load(b + k * ldb + (size_t)j * LANES);
+            __builtin_prefetch(b + (k + AHEAD) * ldb + (size_t)j * LANES);
+        }
         for (int i = 0; i < rows; i++)
             for (int j = 0; j < vectors; j++) s[i][j] += a[(size_t)i * ai + k * ak] * bk[j];
     }
@@ -1220,38 +1259,36 @@ WIDE static inline __attribute__((always_inline)) void tile(
         }
 }
 
-// tile() for a number of rows and vectors known only now: PANEL_VECTORS, or 1 at the right edge.
-WIDE static void tile_rows(real *c, size_t ldc, const real *a, size_t ai, size_t ak,
-                           const real *b, size_t ldb, size_t depth, size_t rows, int vectors,
-                           int add) {
-#define ROWS(n) case n: \
-        if (vectors == 1) tile(c, ldc, a, ai, ak, b, ldb, depth, n, 1, add); \
-        else tile(c, ldc, a, ai, ak, b, ldb, depth, n, PANEL_VECTORS, add); \
-        break;
-    switch (rows) { ROWS(1) ROWS(2) ROWS(3) ROWS(4) ROWS(5) ROWS(6) }
+// tile() for a number of rows and vectors known only now.
+WIDE static void tile_of(real *c, size_t ldc, const real *a, size_t ai, size_t ak, const real *b,
+                         size_t ldb, size_t depth, size_t rows, size_t vectors, int add) {
+#define TILE(m, n) \
+    case m * PANEL_VECTORS + n: tile(c, ldc, a, ai, ak, b, ldb, depth, m, n, add); break;
+#if PANEL_VECTORS == 4
+#define ROWS(m) TILE(m, 1) TILE(m, 2) TILE(m, 3) TILE(m, 4)
+#else
+#define ROWS(m) TILE(m, 1) TILE(m, 2)
+#endif
+    switch (rows * PANEL_VECTORS + vectors) { ROWS(1) ROWS(2) ROWS(3) ROWS(4) ROWS(5) ROWS(6) }
 #undef ROWS
+#undef TILE
 }
 
-// The same for `cols` <= TILE_COLS columns; b has room for whole vectors. The last ones of a row of
-// c may be fewer than a vector: they are computed beside it and copied.
+// The same for `cols` <= TILE_COLS columns; b has room for whole vectors. If they are not whole
+// vectors of c, the tile is computed beside it and copied.
 WIDE static void tile_cols(real *c, size_t ldc, const real *a, size_t ai, size_t ak,
                            const real *b, size_t ldb, size_t depth, size_t rows, size_t cols,
                            int add) {
-    if (cols == TILE_COLS) {
-        tile_rows(c, ldc, a, ai, ak, b, ldb, depth, rows, PANEL_VECTORS, add);
+    const size_t vectors = (cols + LANES - 1) / LANES;
+    if (cols % LANES == 0) {
+        tile_of(c, ldc, a, ai, ak, b, ldb, depth, rows, vectors, add);
         return;
     }
-    for (size_t j = 0; j < cols; j += LANES) {
-        if (cols - j >= LANES) {
-            tile_rows(c + j, ldc, a, ai, ak, b + j, ldb, depth, rows, 1, add);
-            continue;
-        }
-        real edge[TILE_ROWS * LANES];
-        tile_rows(edge, LANES, a, ai, ak, b + j, ldb, depth, rows, 1, 0);
-        for (size_t i = 0; i < rows; i++)
-            for (size_t k = j; k < cols; k++)
-                c[i * ldc + k] = edge[i * LANES + k - j] + (add ? c[i * ldc + k] : 0);
-    }
+    real edge[TILE_ROWS * TILE_COLS];
+    tile_of(edge, TILE_COLS, a, ai, ak, b, ldb, depth, rows, vectors, 0);
+    for (size_t i = 0; i < rows; i++)
+        for (size_t j = 0; j < cols; j++)
+            c[i * ldc + j] = edge[i * TILE_COLS + j] + (add ? c[i * ldc + j] : 0);
 }
 
 // The halves of two vectors, interleaved: a0 b0 a1 b1 ..., and the same from the middle on.
@@ -1367,28 +1404,56 @@ WIDE static void pack(real *panel, Matrix b, int transposed, size_t k0, size_t j
 }
 
 // c (M, N) = a b, or += with `add`: c[i][j] at c[i * ldc + j], a[i][k] at a[i * ai + k * ak]; b, or
-// its transpose, is (K, N).
-static void product_of(real *c, size_t ldc, const real *a, size_t ai, size_t ak,
-                       Matrix b, int transposed, size_t M, size_t N, size_t K, int add) {
+// its transpose, is (K, N). The rest is gemm()'s own: the part of K at work, from .. to, and how
+// many blocks c makes, which are what a thread takes at a time.
+typedef struct {
+    real *c; size_t ldc;
+    const real *a; size_t ai, ak;
+    Matrix b; int transposed;
+    size_t M, N, K;
+    int add;
+    size_t from, to, down, across;
+} Gemm;
+
+// One block of c: TILE_COLS columns, and as many rows as other blocks have, give or take a tile, for
+// threads should end together.
+static void gemm_block(const Gemm *g, size_t block) {
     static _Thread_local real panel[PANEL_DEPTH * TILE_COLS] __attribute__((aligned(64)));
-    const size_t down = (M + BLOCK_ROWS - 1) / BLOCK_ROWS, across = (N + TILE_COLS - 1) / TILE_COLS;
-    #pragma omp parallel for schedule(dynamic, 1) \
-        if (down * across > 1 && worth_threads(M * N * K / 16))
-    for (size_t block = 0; block < down * across; block++) {
-        const size_t i0 = block / across * BLOCK_ROWS, j0 = block % across * TILE_COLS;
-        const size_t rows = M - i0 < BLOCK_ROWS ? M - i0 : BLOCK_ROWS;
-        const size_t cols = N - j0 < TILE_COLS ? N - j0 : TILE_COLS;
-        // A tile that is alone reads b where it lies: a panel would be used only once.
-        const int alone = rows <= TILE_ROWS && cols == TILE_COLS && !transposed && b.type == F32;
-        for (size_t k0 = 0; k0 < K; k0 += PANEL_DEPTH) {
-            const size_t depth = K - k0 < PANEL_DEPTH ? K - k0 : PANEL_DEPTH;
-            const real *from = alone ? (const real *)b.data + k0 * b.ld + j0 : panel;
-            if (!alone) pack(panel, b, transposed, k0, j0, depth, cols);
-            for (size_t i = 0; i < rows; i += TILE_ROWS)
-                tile_cols(c + (i0 + i) * ldc + j0, ldc, a + (i0 + i) * ai + k0 * ak, ai, ak,
-                          from, alone ? b.ld : TILE_COLS, depth,
-                          rows - i < TILE_ROWS ? rows - i : TILE_ROWS, cols, add || k0);
+    const size_t down = block / g->across, tiles = (g->M + TILE_ROWS - 1) / TILE_ROWS;
+    const size_t top = tiles * down / g->down * TILE_ROWS, j0 = block % g->across * TILE_COLS;
+    const size_t below = tiles * (down + 1) / g->down * TILE_ROWS;
+    const size_t end = below < g->M ? below : g->M;
+    const size_t cols = g->N - j0 < TILE_COLS ? g->N - j0 : TILE_COLS;
+    const Matrix b = g->b;
+    const int in_place = !g->transposed && b.type == F32 && cols % LANES == 0;
+    for (size_t k0 = g->from; k0 < g->to; k0 += PANEL_DEPTH) {
+        const size_t depth = g->to - k0 < PANEL_DEPTH ? g->to - k0 : PANEL_DEPTH;
+        const real *from = in_place ? (const real *)b.data + k0 * b.ld + j0 : panel;
+        if (!in_place) pack(panel, b, g->transposed, k0, j0, depth, cols);
+        for (size_t i = top; i < end; i += TILE_ROWS)
+            tile_cols(g->c + i * g->ldc + j0, g->ldc, g->a + i * g->ai + k0 * g->ak, g->ai, g->ak,
+                      from, in_place ? b.ld : TILE_COLS, depth,
+                      end - i < TILE_ROWS ? end - i : TILE_ROWS, cols, g->add || k0);
+    }
+}
+
+// All of it. Where K is long and c is not, it goes in slices of K, so that what all blocks read of a
+// and b stays in the cache meanwhile.
+static void gemm(Gemm g) {
+    g.down = (g.M + BLOCK_ROWS - 1) / BLOCK_ROWS;
+    g.across = (g.N + TILE_COLS - 1) / TILE_COLS;
+    const size_t blocks = g.down * g.across;
+    size_t slice = CACHE_NUMBERS / (g.M + g.N) / PANEL_DEPTH * PANEL_DEPTH;
+    if (!slice || g.M * g.N > CACHE_NUMBERS) slice = g.K;
+    for (; g.from < g.K; g.from = g.to) {
+        g.to = g.K - g.from < slice ? g.K : g.from + slice;
+        if (blocks == 1 || !worth_threads(g.M * g.N * (g.to - g.from) / 16)) {
+            for (size_t block = 0; block < blocks; block++) gemm_block(&g, block);
+            continue;
         }
+        Work work = { .n = blocks };
+        #pragma omp parallel
+        for (size_t block; (block = next_piece(&work)) < blocks; ) gemm_block(&g, block);
     }
 }
 
@@ -1512,19 +1577,19 @@ static void products(const Product *p, size_t n) {
 static void matmul_nt(real *y, size_t ldy, const real *x, size_t ldx, Matrix w,
                       size_t n, size_t in, size_t out, int add) {
     if (n <= FEW) few_rows(y, ldy, x, ldx, w, n, in, out, add);
-    else product_of(y, ldy, x, ldx, 1, w, 1, n, out, in, add);
+    else gemm((Gemm){ y, ldy, x, ldx, 1, w, 1, n, out, in, add, 0, 0, 0, 0 });
 }
 
 // x (n, in) = y (n, out) w (out, in)
 static void matmul_nn(real *x, size_t ldx, const real *y, size_t ldy, Matrix w,
                       size_t n, size_t in, size_t out, int add) {
-    product_of(x, ldx, y, ldy, 1, w, 0, n, in, out, add);
+    gemm((Gemm){ x, ldx, y, ldy, 1, w, 0, n, in, out, add, 0, 0, 0, 0 });
 }
 
 // w (out, in) = y (n, out)^T x (n, in)
 static void matmul_tn(real *w, size_t ldw, const real *y, size_t ldy, const real *x, size_t ldx,
                       size_t n, size_t in, size_t out, int add) {
-    product_of(w, ldw, y, 1, ldy, plain(x, ldx), 0, out, in, n, add);
+    gemm((Gemm){ w, ldw, y, 1, ldy, plain(x, ldx), 0, out, in, n, add, 0, 0, 0, 0 });
 }
 
 // y (n, rows of w) = x (n, columns of w) w^T + bias, with copy e of the stack w. A bias that is
@@ -1789,16 +1854,10 @@ static size_t block_rows(size_t n, size_t i0) {
     return n - i0 < QUERY_BLOCK ? n - i0 : QUERY_BLOCK;
 }
 
-// Softmax over the keys that each row may see, 0 for the rest: row i of p (rows, keys) sees the
-// first seen + i / share, where `share` rows belong to one token. log_sum at stride H, or NULL.
-static void causal_softmax(real *p, size_t rows, size_t keys, size_t seen, size_t share,
-                           real scale, real *log_sum, size_t H) {
-    #pragma omp parallel for if (worth_threads(rows * keys))
-    for (size_t i = 0; i < rows; i++) {
-        const size_t n = seen + i / share;
-        softmax(p + i * keys, n, scale, log_sum ? log_sum + i * H : NULL);
-        memset(p + i * keys + n, 0, (keys - n) * sizeof(real));
-    }
+// Softmax over the first n of a query's scores p (keys), which are those it may see; 0 for the rest.
+static void causal_softmax(real *p, size_t n, size_t keys, real scale, real *log_sum) {
+    softmax(p, n, scale, log_sum);
+    memset(p + n, 0, (keys - n) * sizeof(real));
 }
 
 // The scores of `rows` queries against `keys` keys of one head:
@@ -1820,8 +1879,9 @@ static void attend_expanded(const Config *c, State *s, LayerState *a, size_t B, 
         dv = c->v_head_dim, R = c->kv_lora_rank, dq = dn + dr, dkv = dn + dv,
         blocks = query_blocks(n);
     const real scale = attention_scale(c);
-    #pragma omp parallel for schedule(dynamic, 1) if (worth_threads(B * n * n * H))
-    for (size_t task = 0; task < B * H * blocks; task++) {
+    Work work = { .n = B * H * blocks };
+    #pragma omp parallel if (worth_threads(B * n * n * H))
+    for (size_t task; (task = next_piece(&work)) < work.n; ) {
         const size_t b = task / blocks / H, h = task / blocks % H, i0 = task % blocks * QUERY_BLOCK;
         const size_t rows = block_rows(n, i0), keys = i0 + rows, first = b * n + i0;
         const real *q = a->q + (first * H + h) * dq, *kv = a->kv + (b * n * H + h) * dkv;
@@ -1829,7 +1889,9 @@ static void attend_expanded(const Config *c, State *s, LayerState *a, size_t B, 
         real *heads = a->heads + (first * H + h) * dv;
         real *p = s->scores + (size_t)thread_id() * QUERY_BLOCK * s->context;
         scores_of(p, q, H * dq, kv, H * dkv, k_rot, R + dr, rows, keys, dn, dr);
-        causal_softmax(p, rows, keys, i0 + 1, 1, scale, a->log_sum + first * H + h, H);
+        for (size_t i = 0; i < rows; i++)
+            causal_softmax(p + i * keys, i0 + i + 1, keys, scale,
+                           a->log_sum + (first + i) * H + h);
         matmul_nn(heads, H * dv, p, keys, plain(kv + dn, H * dkv), rows, dv, keys, 0);
     }
 }
@@ -1843,6 +1905,7 @@ static void attend_latent(const Config *c, State *s, LayerState *a, const Tensor
         dv = c->v_head_dim, R = c->kv_lora_rank, dq = dn + dr, rows = queries * H,
         keys = pos + queries, most = latent_rows(c), thread = (size_t)thread_id();
     const Matrix latent = plain(cached, R + dr);
+    const real scale = attention_scale(c);
     const real *q = a->q + first * H * dq;
     real *heads = a->heads + first * H * dv;
     real *p = s->scores + thread * most * s->context;               // (rows, keys)
@@ -1854,7 +1917,14 @@ static void attend_latent(const Config *c, State *s, LayerState *a, const Tensor
     for (size_t i = 0; i < rows; i++)
         memcpy(q_latent + i * (R + dr) + R, q + i * dq + dn, dr * sizeof(real));
     matmul_nt(p, keys, q_latent, R + dr, latent, rows, R + dr, keys, 0);
-    causal_softmax(p, rows, keys, pos + 1, H, attention_scale(c), NULL, 0);
+    if (!worth_threads(rows * keys)) {
+        for (size_t i = 0; i < rows; i++)
+            causal_softmax(p + i * keys, pos + 1 + i / H, keys, scale, NULL);
+    } else {
+        #pragma omp parallel for
+        for (size_t i = 0; i < rows; i++)
+            causal_softmax(p + i * keys, pos + 1 + i / H, keys, scale, NULL);
+    }
     matmul_nn(o_latent, R, p, keys, latent, rows, R, keys, 0);      // sum_j p_j c_j
     for (size_t h = 0; h < H; h++)                                  // W_v of it
         matmul_nt(heads + h * dv, H * dv, o_latent + h * R, H * R,
@@ -1871,8 +1941,9 @@ static void attend_cached(const Config *c, State *s, LayerState *a, const Tensor
         attend_latent(c, s, a, kv_b_proj, a->latent, 0, n, pos);
         return;
     }
-    #pragma omp parallel for schedule(dynamic, 1)
-    for (size_t task = 0; task < B * blocks; task++) {
+    Work work = { .n = B * blocks };
+    #pragma omp parallel
+    for (size_t task; (task = next_piece(&work)) < work.n; ) {
         const size_t b = task / blocks, i0 = task % blocks * block;
         attend_latent(c, s, a, kv_b_proj, a->latent + b * stride * row, b * n + i0,
                       n - i0 < block ? n - i0 : block, pos + i0);
@@ -1902,9 +1973,10 @@ static void attention_forward(const Model *m, State *s, size_t l, size_t B, size
         rmsnorm(s->norm, r, a->inverse_q, a->q_a, r, &w->q_a_layernorm, T, latent_eps);
         linear(a->q, s->norm, &w->q_b_proj, 0, NULL, T);
     }
-    for (size_t b = 0; b < B; b++)
+    const size_t parts = stride == n ? 1 : B;       // in a cache there are gaps between sequences
+    for (size_t b = 0; b < parts; b++)
         rmsnorm(a->latent + (b * stride + pos) * (R + dr), R + dr, a->inverse_kv + b * n,
-                a->kv_a + b * n * (R + dr), R + dr, &w->kv_a_layernorm, n, latent_eps);
+                a->kv_a + b * n * (R + dr), R + dr, &w->kv_a_layernorm, T / parts, latent_eps);
     #pragma omp parallel for if (worth_threads(T * H * dr))
     for (size_t t = 0; t < T; t++) {
         const size_t position = pos + t % n;
@@ -1914,14 +1986,15 @@ static void attention_forward(const Model *m, State *s, size_t l, size_t B, size
         for (size_t h = 0; h < H; h++) rope(a->q + (t * H + h) * dq + dn, s, position, dr, 1);
     }
     if (pos == 0 && n > 1) {
-        for (size_t b = 0; b < B; b++)      // sequence by sequence, for in the cache they have gaps
+        for (size_t b = 0; b < parts; b++)
             matmul_nt(a->kv + b * n * H * dkv, H * dkv, a->latent + b * stride * (R + dr), R + dr,
-                      matrix(&w->kv_b_proj, 0, 0), n, R, H * dkv, 0);
+                      matrix(&w->kv_b_proj, 0, 0), T / parts, R, H * dkv, 0);
         attend_expanded(c, s, a, B, n, stride);
     } else {
         attend_cached(c, s, a, &w->kv_b_proj, B, n, stride, pos);
     }
     linear(a->mid, a->heads, &w->o_proj, 0, &w->o_bias, T);
+    #pragma omp parallel for if (worth_threads(T * d))
     for (size_t i = 0; i < T * d; i++) a->mid[i] += a->x[i];
 }
 
@@ -1942,6 +2015,16 @@ static void swiglu(real *act, const real *g, const real *u, size_t n) {
     for (size_t i = 0; i < n; i++) act[i] = g[i] * sigmoid(g[i]) * u[i];
 }
 
+// The same for n rows of f numbers.
+static void swiglu_rows(real *act, const real *g, const real *u, size_t n, size_t f) {
+    if (!worth_threads(n * f)) {
+        swiglu(act, g, u, n * f);
+        return;
+    }
+    #pragma omp parallel for
+    for (size_t t = 0; t < n; t++) swiglu(act + t * f, g + t * f, u + t * f, f);
+}
+
 // out (n, d) = down(silu(gate x) * up x) for x (n, d), with copy e of the three stacks; g = gate x,
 // u = up x and act are (n, f).  kept: g, u
 static void feed_forward(real *out, real *g, real *u, real *act, const real *x,
@@ -1950,8 +2033,7 @@ static void feed_forward(real *out, real *g, real *u, real *act, const real *x,
     const size_t f = gate_proj->rows;
     linear(g, x, gate_proj, e, NULL, n);
     linear(u, x, up_proj, e, NULL, n);
-    #pragma omp parallel for if (worth_threads(n * f))
-    for (size_t t = 0; t < n; t++) swiglu(act + t * f, g + t * f, u + t * f, f);
+    swiglu_rows(act, g, u, n, f);
     linear(out, act, down_proj, e, NULL, n);
 }
 
@@ -2090,8 +2172,9 @@ static void ffn_forward(const Model *m, State *s, Iteration *i, size_t l, size_t
     if (one) {
         experts_of_one(c, s, i, w);
     } else if (T >= 16) {
-        #pragma omp parallel for schedule(dynamic, 1)
-        for (size_t e = 0; e < E; e++) expert_forward(s, i, w, e);
+        Work work = { .n = E };
+        #pragma omp parallel
+        for (size_t e; (e = next_piece(&work)) < E; ) expert_forward(s, i, w, e);
     } else {
         for (size_t e = 0; e < E; e++) expert_forward(s, i, w, e);
     }

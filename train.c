@@ -734,24 +734,25 @@ static Gradients gradients_new(const Config *c, size_t T, size_t context) {
 //     ds_ij = scale p_ij (dp_ij - sum_k p_ik dp_ik)     where sum_k p_ik dp_ik = do_i . o_i
 //     dq_i  = sum_j ds_ij k_j     dk_j = sum_i ds_ij q_i     and the same for qr, kr
 // From g->dheads into g->dq, g->dkv and g->dk_rot, which need not be 0. p was not kept: it is
-// e^(scale s - log_sum), one block of queries at a time. A thread owns a head of a sequence, and
+// e^(scale s - log_sum), one block of queries at a time, the last first. A thread owns a head of a sequence, and
 // writes only its own rows.
 static void attend_backward(const Config *c, State *s, const LayerState *a, Gradients *g,
                             size_t B, size_t n) {
     const size_t H = c->num_attention_heads, dn = c->qk_nope_head_dim, dr = c->qk_rope_head_dim,
         dv = c->v_head_dim, R = c->kv_lora_rank, dq = dn + dr, dkv = dn + dv;
     const real scale = attention_scale(c);
-    memset(g->dkv, 0, B * n * H * dkv * sizeof(real));
-    memset(g->dk_rot, 0, B * n * H * dr * sizeof(real));
-    #pragma omp parallel for schedule(dynamic, 1)
-    for (size_t task = 0; task < B * H; task++) {
+    Work work = { .n = B * H };
+    #pragma omp parallel
+    for (size_t task; (task = next_piece(&work)) < work.n; ) {
         const size_t b = task / H, h = task % H, start = b * n * H + h;
         const real *kv = a->kv + start * dkv, *k_rot = a->latent + b * n * (R + dr) + R;
         real *dkv_h = g->dkv + start * dkv, *dk_rot = g->dk_rot + start * dr;
         real *p = s->scores + (size_t)thread_id() * QUERY_BLOCK * s->context;
         real *ds = g->dscores + (size_t)thread_id() * QUERY_BLOCK * s->context;
-        for (size_t i0 = 0; i0 < n; i0 += QUERY_BLOCK) {
-            const size_t rows = block_rows(n, i0), keys = i0 + rows, first = b * n + i0;
+        for (size_t block = query_blocks(n); block-- > 0; ) {
+            const size_t i0 = block * QUERY_BLOCK, rows = block_rows(n, i0), keys = i0 + rows;
+            const size_t first = b * n + i0;
+            const int add = keys < n;           // the last block sees, and writes, all keys
             const real *q = a->q + (first * H + h) * dq, *o = a->heads + (first * H + h) * dv;
             const real *d_o = g->dheads + (first * H + h) * dv;
             real *dq_h = g->dq + (first * H + h) * dq;
@@ -769,11 +770,11 @@ static void attend_backward(const Config *c, State *s, const LayerState *a, Grad
                 memset(pi + seen, 0, (keys - seen) * sizeof(real));
                 memset(dsi + seen, 0, (keys - seen) * sizeof(real));
             }
-            matmul_tn(dkv_h + dn, H * dkv, p, keys, d_o, H * dv, rows, dv, keys, 1);
+            matmul_tn(dkv_h + dn, H * dkv, p, keys, d_o, H * dv, rows, dv, keys, add);
             matmul_nn(dq_h, H * dq, ds, keys, plain(kv, H * dkv), rows, dn, keys, 0);
             matmul_nn(dq_h + dn, H * dq, ds, keys, plain(k_rot, R + dr), rows, dr, keys, 0);
-            matmul_tn(dkv_h, H * dkv, ds, keys, q, H * dq, rows, dn, keys, 1);
-            matmul_tn(dk_rot, H * dr, ds, keys, q + dn, H * dq, rows, dr, keys, 1);
+            matmul_tn(dkv_h, H * dkv, ds, keys, q, H * dq, rows, dn, keys, add);
+            matmul_tn(dk_rot, H * dr, ds, keys, q + dn, H * dq, rows, dr, keys, add);
         }
     }
 }
@@ -821,25 +822,35 @@ static void attention_backward(const Model *m, const Weights *dw, State *s, Grad
         linear_backward(g->dnorm, &dl->q_proj, NULL, g->dq, s->norm, &w->q_proj, 0, T, 0);
     linear_backward(g->dnorm, &dl->kv_a_proj, &dl->kv_a_bias, g->dkv_a, s->norm, &w->kv_a_proj, 0,
                     T, 1);
-    memcpy(g->dx, g->dmid, T * d * sizeof(real));
-    rmsnorm_backward(g->dx, d, &dl->input_layernorm, g->dnorm, d, a->inverse_x,
+    real *dx = g->dmid;                     // what x + attention(x) passes on as it is
+    rmsnorm_backward(dx, d, &dl->input_layernorm, g->dnorm, d, a->inverse_x,
                      a->x, d, &w->input_layernorm, T, 1);
+    g->dmid = g->dx;
+    g->dx = dx;
 }
 
 // ---- [6] backward of the chain ------------------------------------------------------------------
 // Mirrors [10] in coe.c.
 
-// act = silu(g) u and, for da the gradient of act and k a factor on it,
-//     du = k da silu(g),   dg = k da u silu'(g),   silu'(g) = s + g s (1 - s),   s = sigmoid(g)
-// All (n). `restrict`: without the promise that nothing overlaps, the loop would not be vectorised.
-static void swiglu_backward(real *restrict dg, real *restrict du, real *restrict act,
-                            const real *restrict da, const real *restrict g,
-                            const real *restrict u, real k, size_t n) {
-    for (size_t i = 0; i < n; i++) {
-        const real s = sigmoid(g[i]), silu = g[i] * s, d = k * da[i];
-        act[i] = silu * u[i];
-        du[i] = d * silu;
-        dg[i] = d * u[i] * (s + silu * (1 - s));
+// act = weight silu(g) u and, for a the gradient of act before the weight was on it,
+//     du = weight a silu(g),   dg = weight a u silu'(g),   dweight = a . silu(g) u
+//     silu'(g) = s + g s (1 - s),   s = sigmoid(g)
+// for n rows of f numbers, with a weight each; weight and dweight (n) may be NULL.
+// `restrict`: without the promise that nothing overlaps, the loop would not be vectorised.
+static void swiglu_backward(real *restrict dg, real *restrict du, real *restrict dweight,
+                            real *restrict act, const real *restrict a, const real *restrict g,
+                            const real *restrict u, const real *weight, size_t n, size_t f) {
+    for (size_t t = 0; t < n; t++) {
+        const real k = weight ? weight[t] : 1;
+        for (size_t i = t * f; i < (t + 1) * f; i++) {
+            const real s = sigmoid(g[i]), silu = g[i] * s, d = k * a[i];
+            act[i] = silu * u[i];
+            du[i] = d * silu;
+            dg[i] = d * u[i] * (s + silu * (1 - s));
+        }
+        if (!weight) continue;
+        dweight[t] = dot(a + t * f, act + t * f, f);
+        for (size_t i = t * f; i < (t + 1) * f; i++) act[i] *= k;
     }
 }
 
@@ -857,14 +868,13 @@ static void feed_forward_backward(real *dx, real *dweight, const Tensor *dw[3], 
                                   const Tensor *w[3], size_t e, size_t n, int add) {
     const size_t f = w[0]->rows, d = w[0]->cols;
     matmul_nn(dact, f, dy, d, matrix(w[2], e, 0), n, f, d, 0);
-    #pragma omp parallel for if (worth_threads(n * f))
-    for (size_t t = 0; t < n; t++) {
-        const real k = weight ? weight[t] : 1;
-        real *actt = act + t * f, *dat = dact + t * f;
-        swiglu_backward(dg + t * f, du + t * f, actt, dat, gate + t * f, up + t * f, k, f);
-        if (!weight) continue;
-        dweight[t] = dot(dat, actt, f);
-        for (size_t i = 0; i < f; i++) actt[i] *= k;
+    if (weight || !worth_threads(n * f)) {      // with weights it is one of many experts
+        swiglu_backward(dg, du, dweight, act, dact, gate, up, weight, n, f);
+    } else {
+        #pragma omp parallel for
+        for (size_t t = 0; t < n; t++)
+            swiglu_backward(dg + t * f, du + t * f, NULL, act + t * f, dact + t * f, gate + t * f,
+                            up + t * f, NULL, 1, f);
     }
     linear_backward(NULL, dw[2], NULL, dy, act, w[2], e, n, 0);
     linear_backward(dx, dw[0], NULL, dg, x, w[0], e, n, add);
@@ -957,8 +967,9 @@ static double ffn_backward(const Model *m, const Weights *dw, State *s, Gradient
     const Tensor *w3[]  = { &w->experts_gate_proj, &w->experts_up_proj, &w->experts_down_proj };
     const Tensor *dw3[] = { &dl->experts_gate_proj, &dl->experts_up_proj, &dl->experts_down_proj };
     for (size_t k = 0; k < T * K; k++) g->row_weight[i->slot[k]] = i->weight[k];
-    #pragma omp parallel for schedule(dynamic, 1)
-    for (size_t e = 0; e < E; e++) {
+    Work work = { .n = E };
+    #pragma omp parallel
+    for (size_t e; (e = next_piece(&work)) < E; ) {
         const size_t first = (size_t)i->start[e], rows = (size_t)i->start[e + 1] - first;
         if (!rows) continue;
         for (size_t k = first; k < first + rows; k++) {
@@ -992,24 +1003,27 @@ static double chain_backward(const Model *m, const Weights *dw, State *s, Gradie
     const size_t T = B * n, d = c->hidden_size, C = is_moe(c, l) ? (size_t)c->inner_iter : 1;
     double loss = 0;
     if (c->outer_residual) memcpy(g->dmid, g->dx, T * d * sizeof(real));
-    else memset(g->dmid, 0, T * d * sizeof(real));
     for (size_t t = C; t-- > 0; ) {
         const Iteration *i = &a->iteration[t];
         const int upcycled = m->coe_weights && t > 0;
         const int inner = upcycled || (!m->coe_weights && c->inner_residual);
         const real *v = upcycled ? at(&w->coe_weights, t - 1) : NULL;
         real *dv = upcycled ? at(&dl->coe_weights, t - 1) : NULL;
-        for (size_t k = 0; k < T; k++)
-            for (size_t e = 0; e < d; e++) {
-                const real dy = g->dx[k * d + e];
-                g->dffn[k * d + e] = v ? v[e] * dy : dy;
-                if (dv) dv[e] += dy * i->ffn[k * d + e];
-            }
+        #pragma omp parallel for if (worth_threads(T * d))
+        for (size_t block = 0; block < d; block += COLUMN_BLOCK) {
+            const size_t end = block + COLUMN_BLOCK < d ? block + COLUMN_BLOCK : d;
+            for (size_t k = 0; k < T; k++)
+                for (size_t e = block; e < end; e++) {
+                    const real dy = g->dx[k * d + e];
+                    g->dffn[k * d + e] = v ? v[e] * dy : dy;
+                    if (dv) dv[e] += dy * i->ffn[k * d + e];
+                }
+        }
         if (!inner) memset(g->dx, 0, T * d * sizeof(real));
         loss += ffn_backward(m, dw, s, g, g->dx, g->dffn, l, t, B, n, share);
     }
     rmsnorm_backward(g->dmid, d, &dl->post_attention_layernorm, g->dx, d, a->inverse_mid,
-                     a->mid, d, &w->post_attention_layernorm, T, 1);
+                     a->mid, d, &w->post_attention_layernorm, T, (int)c->outer_residual);
     return loss;
 }
 

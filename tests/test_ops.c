@@ -177,11 +177,12 @@ static void test_products(size_t n, size_t in, size_t out, size_t gap, int add) 
 
 static void test_matmul(void) {
     // Edges of the kernel: tiles of 6 rows, vectors of 4 to 16, panels 256 deep, blocks of 192
-    // rows.
+    // rows, slices of CACHE_NUMBERS / (rows + columns), here some 7,000 deep.
     static const size_t sizes[][3] = { { 1, 1, 1 },     { 3, 600, 5 },  { 4, 257, 16 },
                                        { 6, 64, 64 },   { 7, 300, 33 }, { 13, 513, 70 },
                                        { 193, 31, 65 }, { 400, 17, 3 }, { 5, 256, 129 },
-                                       { 257, 260, 66 } };
+                                       { 257, 260, 66 }, { 7300, 33, 40 }, { 33, 7300, 40 },
+                                       { 33, 40, 7300 } };
     for (size_t i = 0; i < sizeof sizes / sizeof *sizes; i++)
         for (int k = 0; k < 4; k++)
             test_products(sizes[i][0], sizes[i][1], sizes[i][2], k % 2 ? 3 : 0, k / 2);
