@@ -113,8 +113,8 @@ static void *allocate(size_t bytes, const char *what) {
 // Gives back what allocate() gave, or does nothing for NULL.
 static void release(void *aligned) { if (aligned) free(((void **)aligned)[-1]); }
 
-// The number of threads in use, which of them is running, how many run beside it and itself, and
-// whether all have work already.
+// The most threads that a region gets; the number of the running one; how many are in its team; and
+// whether this is inside a region of several already.
 #ifdef _OPENMP
 static int thread_count(void) { return omp_get_max_threads(); }
 static int thread_id(void)    { return omp_get_thread_num(); }
@@ -175,7 +175,8 @@ static size_t next_piece(Work *w) {
 static void set_threads(int64_t n) {
 #ifdef _OPENMP
     if (!n) n = omp_get_max_threads();
-    omp_set_num_threads(n >= 1 && n <= MOST_THREADS ? (int)n : omp_get_num_procs());
+    const int all = omp_get_num_procs() < MOST_THREADS ? omp_get_num_procs() : MOST_THREADS;
+    omp_set_num_threads(n >= 1 && n <= MOST_THREADS ? (int)n : all);
 #else
     (void)n;
 #endif
@@ -1219,21 +1220,22 @@ static void softmax(real *x, size_t n, real scale, real *total) {
 // more would not fit.
 //
 // Where b is w^T, or of a narrow type, it is copied on the way, PANEL_DEPTH rows and one tile wide,
-// into a panel that serves a whole block of rows of a. Where it is w itself it is read in place: its
-// rows are as contiguous as a panel's, and asking for them some steps ahead hides that they are far
-// apart.
+// into a panel that serves a whole block of rows of a. Where it is w itself it is read in place
+// (except at a ragged right edge): what a tile needs of a row is contiguous, and that the rows lie
+// far apart is hidden by asking for each some steps early.
 //
 // Each c is summed over k in one fixed order, whatever tile or thread it falls to: the number of
 // threads does not change a bit.
 
 enum { TILE_ROWS = 6, TILE_COLS = PANEL_VECTORS * LANES, PANEL_DEPTH = 256, AHEAD = 8,
        BLOCK_ROWS = 32 * TILE_ROWS,
-       CACHE_NUMBERS = 1 << 19 };       // what a core keeps close: 2 MB, a second-level cache
+       CACHE_NUMBERS = 1 << 19 };       // what a core keeps close: 2 MB of floats
 
 // c (rows, vectors * LANES) = a b, or += with `add`, over depth k: a[i][k] at a[i * ai + k * ak],
 // b[k][j] at b[k * ldb + j], c[i][j] at c[i * ldc + j]. Inlined with constant `rows` and `vectors`:
-// only then do the sums live in registers. The prefetches cost nothing, there is room for loads: c
-// will be needed at the end, and row k + AHEAD of b is of no stream that the processor would guess.
+// only then do the sums live in registers. The prefetches use the room for loads: c is needed at
+// the end, and rows of b in place follow no pattern that the processor would guess. (Those past b's
+// end are harmless: a prefetch cannot fault.)
 WIDE static inline __attribute__((always_inline)) void tile(
         real *c, size_t ldc, const real *a, size_t ai, size_t ak, const real *b, size_t ldb,
         size_t depth, int rows, int vectors, int add) {
@@ -1404,8 +1406,8 @@ WIDE static void pack(real *panel, Matrix b, int transposed, size_t k0, size_t j
 }
 
 // c (M, N) = a b, or += with `add`: c[i][j] at c[i * ldc + j], a[i][k] at a[i * ai + k * ak]; b, or
-// its transpose, is (K, N). The rest is gemm()'s own: the part of K at work, from .. to, and how
-// many blocks c makes, which are what a thread takes at a time.
+// its transpose, is (K, N); K > 0. The rest is gemm()'s own: c is cut into down x across blocks,
+// each the work of one thread, and from .. to is the slice of K at work.
 typedef struct {
     real *c; size_t ldc;
     const real *a; size_t ai, ak;
@@ -1415,8 +1417,8 @@ typedef struct {
     size_t from, to, down, across;
 } Gemm;
 
-// One block of c: TILE_COLS columns, and as many rows as other blocks have, give or take a tile, for
-// threads should end together.
+// One block of c: TILE_COLS columns, and as many rows as other blocks have, but for one tile, so
+// that threads end together.
 static void gemm_block(const Gemm *g, size_t block) {
     static _Thread_local real panel[PANEL_DEPTH * TILE_COLS] __attribute__((aligned(64)));
     const size_t down = block / g->across, tiles = (g->M + TILE_ROWS - 1) / TILE_ROWS;
@@ -1437,8 +1439,8 @@ static void gemm_block(const Gemm *g, size_t block) {
     }
 }
 
-// All of it. Where K is long and c is not, it goes in slices of K, so that what all blocks read of a
-// and b stays in the cache meanwhile.
+// All of it. Where K is long and c is not, it goes in slices of K, so that what all blocks read of
+// a and b stays in the cache meanwhile.
 static void gemm(Gemm g) {
     g.down = (g.M + BLOCK_ROWS - 1) / BLOCK_ROWS;
     g.across = (g.N + TILE_COLS - 1) / TILE_COLS;
@@ -1542,7 +1544,13 @@ WIDE static void few_rows(real *y, size_t ldy, const real *x, size_t ldx, Matrix
                 spread(ready + t * FEW_COLS, x + t * ldx + first, width, per_word(w.type));
             from = ready, ld = FEW_COLS;
         }
-        #pragma omp parallel for schedule(static) if (worth_threads(width * out))
+        if (!worth_threads(width * out)) {
+            for (size_t j = 0; j < out; j += 4)
+                for (size_t t = 0; t < n; t++)
+                    rows_of(y + t * ldy, from + t * ld, w, j, first, width, out, add);
+            continue;
+        }
+        #pragma omp parallel for
         for (size_t j = 0; j < out; j += 4)
             for (size_t t = 0; t < n; t++)
                 rows_of(y + t * ldy, from + t * ld, w, j, first, width, out, add);
@@ -1553,21 +1561,27 @@ WIDE static void few_rows(real *y, size_t ldy, const real *x, size_t ldx, Matrix
 typedef struct { real *y; const real *x; Matrix w; size_t in, out; } Product;
 enum { MOST_PRODUCTS = 128 };
 
+// Four rows of several products: end[k] says how many fours there are up to the end of product k.
+static void product_rows(const Product *p, const size_t *end, size_t four) {
+    size_t k = 0;
+    while (four >= end[k]) k++;
+    rows_of(p[k].y, p[k].x, p[k].w, 4 * (four - (k ? end[k - 1] : 0)), 0, p[k].in, p[k].out, 0);
+}
+
 // n <= MOST_PRODUCTS of them, whose rows the threads share as if they were one: where matrices are
 // small, meeting once for each would take longer than the work.
 static void products(const Product *p, size_t n) {
-    size_t end[MOST_PRODUCTS], all = 0, work = 0;       // fours of rows up to the end of each
+    size_t end[MOST_PRODUCTS], all = 0, work = 0;
     for (size_t k = 0; k < n; k++) {
         end[k] = all += (p[k].out + 3) / 4;
         work += p[k].in * p[k].out;
     }
-    (void)work;                                         // if there is no OpenMP
-    #pragma omp parallel for schedule(static) if (worth_threads(work))
-    for (size_t four = 0; four < all; four++) {
-        size_t k = 0;
-        while (four >= end[k]) k++;
-        rows_of(p[k].y, p[k].x, p[k].w, 4 * (four - (k ? end[k - 1] : 0)), 0, p[k].in, p[k].out, 0);
+    if (!worth_threads(work)) {
+        for (size_t four = 0; four < all; four++) product_rows(p, end, four);
+        return;
     }
+    #pragma omp parallel for
+    for (size_t four = 0; four < all; four++) product_rows(p, end, four);
 }
 
 // The three forms, n rows of activations each; += instead of = with `add`. An argument ld... is the
@@ -1626,7 +1640,7 @@ typedef struct {        // one iteration of the chain in one layer; rows of an e
     int *token;         // (T K)      the token of each grouped row
     real *g, *u;        // (T K, f)   gate and up projections of the experts
     real *shared_g, *shared_u;  // (T, f S), in dense layers (T, I)
-    real *ffn;          // (T, d)     output of the feed-forward
+    real *ffn;          // (T, d)     output of the feed-forward; one for all unless KEEP_FFN
 } Iteration;
 
 typedef struct {        // T here is all rows, B * T of them
@@ -1646,9 +1660,13 @@ typedef struct {        // T here is all rows, B * T of them
     Iteration *iteration;       // [C]
 } LayerState;
 
+// What is kept for the backward pass: nothing when generating, else what it needs, and to train the
+// coe_weights of an upcycled model also what they are multiplied with.
+enum Keep { KEEP_NOTHING, KEEP, KEEP_FFN };
+
 typedef struct {
     size_t rows, context;       // capacity: rows at once, positions per sequence
-    int keep;                   // every layer has its own activations: training
+    enum Keep keep;             // what every layer has of its own
     LayerState *layer;          // [L]
     Iteration *iterations;      // [L C]
     real *out;                  // (T, d)     the last layer's output
@@ -1707,7 +1725,6 @@ static void place_iteration(Iteration *i, const Config *c, size_t T, size_t E, s
     i->u        = take(arena, E ? TK * f : 0, fit);
     i->shared_g = take(arena, T * wide, fit);
     i->shared_u = take(arena, T * wide, fit);
-    i->ffn      = take(arena, T * d, fit);
 }
 
 // Places everything that a State holds. The cache and the choices of experts, which run --trace
@@ -1726,6 +1743,7 @@ static void state_layout(State *s, const Config *c, Arena *arena) {
     s->iterations = take(arena, product(L, C), sizeof *s->iterations);
     LayerState one = { 0 };                 // without keep, what all layers share
     Iteration once = { 0 };
+    real *ffn = take(arena, T * d, fit);
     for (size_t l = 0; l < L; l++) {
         const int moe = is_moe(c, l);
         if (s->keep || l == 0) place_layer(&one, c, T, arena);
@@ -1735,6 +1753,7 @@ static void state_layout(State *s, const Config *c, Arena *arena) {
             if (!s->keep && l + t == 0) place_iteration(&once, c, T, E, TK, wide, arena);
             if (s->keep && (t == 0 || moe))
                 place_iteration(&once, c, T, moe ? E : 0, TK, moe ? fS : I, arena);
+            once.ffn = s->keep == KEEP_FFN && moe && t ? take(arena, T * d, fit) : ffn;
             Iteration i = once;
             i.expert = take(arena, TK, sizeof(int));
             i.weight = take(arena, TK, fit);
@@ -1797,7 +1816,7 @@ static void rope_table(State *s, const Config *c) {
 
 // Memory for `rows` tokens at once and sequences of up to `context` positions. With `keep`, for
 // training, rows are whole sequences. Fails where memory does not suffice.
-static State state_new(const Config *c, size_t rows, size_t context, int keep) {
+static State state_new(const Config *c, size_t rows, size_t context, enum Keep keep) {
     State s = { .rows = rows, .context = context, .keep = keep };
     Arena arena = { 0 };
     state_layout(&s, c, &arena);
@@ -1854,7 +1873,7 @@ static size_t block_rows(size_t n, size_t i0) {
     return n - i0 < QUERY_BLOCK ? n - i0 : QUERY_BLOCK;
 }
 
-// Softmax over the first n of a query's scores p (keys), which are those it may see; 0 for the rest.
+// Softmax over the first n of a query's scores p (keys), those it may see; 0 for the rest.
 static void causal_softmax(real *p, size_t n, size_t keys, real scale, real *log_sum) {
     softmax(p, n, scale, log_sum);
     memset(p + n, 0, (keys - n) * sizeof(real));
@@ -2018,7 +2037,7 @@ static void swiglu(real *act, const real *g, const real *u, size_t n) {
 // The same for n rows of f numbers.
 static void swiglu_rows(real *act, const real *g, const real *u, size_t n, size_t f) {
     if (!worth_threads(n * f)) {
-        swiglu(act, g, u, n * f);
+        for (size_t t = 0; t < n; t++) swiglu(act + t * f, g + t * f, u + t * f, f);
         return;
     }
     #pragma omp parallel for
@@ -2189,7 +2208,7 @@ static void ffn_forward(const Model *m, State *s, Iteration *i, size_t l, size_t
 // out (T, d) = the chain of layer l on y_0 = rmsnorm(mid):
 //     y_{t+1} = ffn_t(y_t) (+ y_t),   after the last (+ mid)
 // In an upcycled model, from the second iteration on: y_{t+1} = y_t + coe_weights_t * ffn_t(y_t).
-// kept: each iteration's x and ffn, and 1 / rms of mid
+// kept: each iteration's x, 1 / rms of mid and, with KEEP_FFN, each ffn
 static void chain_forward(const Model *m, State *s, size_t l, real *out, size_t T) {
     const Config *c = &m->config;
     const Layer *w = &m->w.layer[l];

@@ -307,7 +307,7 @@ static void make_room(Run *r, size_t needed, size_t logit_rows) {
     const Config *c = &r->model.config;
     const size_t n_logits = product(logit_rows, (size_t)c->vocab_size);
     r->context = min_size(needed, context_limit(r));
-    r->state = state_new(c, min_size(r->context, CHUNK), r->context, 0);
+    r->state = state_new(c, min_size(r->context, CHUNK), r->context, KEEP_NOTHING);
     r->logits = allocate(product(n_logits, sizeof(real)), "the logits");
 }
 

@@ -640,6 +640,9 @@ static void softmax_backward(real *d, const real *y, size_t n) {
     for (size_t i = 0; i < n; i++) d[i] = y[i] * (d[i] - along);
 }
 
+// What forward must keep for the backward pass of a model.
+static enum Keep to_keep(const Model *m) { return m->coe_weights ? KEEP_FFN : KEEP; }
+
 // What backward writes besides weight gradients. T is all rows of a micro-batch.
 typedef struct {
     real *dx;           // (T, d)           of the stream, from layer to layer
@@ -734,8 +737,8 @@ static Gradients gradients_new(const Config *c, size_t T, size_t context) {
 //     ds_ij = scale p_ij (dp_ij - sum_k p_ik dp_ik)     where sum_k p_ik dp_ik = do_i . o_i
 //     dq_i  = sum_j ds_ij k_j     dk_j = sum_i ds_ij q_i     and the same for qr, kr
 // From g->dheads into g->dq, g->dkv and g->dk_rot, which need not be 0. p was not kept: it is
-// e^(scale s - log_sum), one block of queries at a time, the last first. A thread owns a head of a sequence, and
-// writes only its own rows.
+// e^(scale s - log_sum), one block of queries at a time, the last first. A thread owns a head of a
+// sequence, and writes only its own rows.
 static void attend_backward(const Config *c, State *s, const LayerState *a, Gradients *g,
                             size_t B, size_t n) {
     const size_t H = c->num_attention_heads, dn = c->qk_nope_head_dim, dr = c->qk_rope_head_dim,
@@ -779,7 +782,8 @@ static void attend_backward(const Config *c, State *s, const LayerState *a, Grad
     }
 }
 
-// g->dx (T, d), of the layer's input, from g->dmid: mid = x + attention(rmsnorm(x)), read upwards.
+// g->dx (T, d), of the layer's input, from g->dmid, in whose memory it is made (the two change
+// places, and g->dmid means nothing afterwards): mid = x + attention(rmsnorm(x)), read upwards.
 // Normed inputs were not kept and are computed again.
 static void attention_backward(const Model *m, const Weights *dw, State *s, Gradients *g, size_t l,
                                size_t B, size_t n) {
@@ -1166,6 +1170,8 @@ typedef struct {
     int *inputs, *targets;      // (batch_size, max_length)
     int *window;                // [max_length + 1]
     double val_loss, solved;    // the last ones measured; NAN: none
+    int *chosen;                // (L, C, E) tokens that each expert got in the last step
+    size_t n_chosen;
 } Run;
 
 typedef struct {
@@ -1353,7 +1359,7 @@ static double solve(const Run *run, size_t problems) {
     size_t right = 0;
     #pragma omp parallel reduction(+:right)
     {
-        State s = state_new(&run->model.config, TASK_MAX, TASK_MAX + ANSWER_TOKENS, 0);
+        State s = state_new(&run->model.config, TASK_MAX, TASK_MAX + ANSWER_TOKENS, KEEP_NOTHING);
         #pragma omp for schedule(dynamic, 1)
         for (size_t i = 0; i < problems; i++) {
             char problem[TASK_MAX], answer[ANSWER_BYTES];
@@ -1373,7 +1379,7 @@ static void show_sample(const Run *run) {
     const Config *c = &run->model.config;
     const int built_in = run->data.built_in;
     if (!run->model.tokenizer || c->eos_token_id < 0) return;
-    State s = state_new(c, TASK_MAX, TASK_MAX + ANSWER_TOKENS * 2, 0);
+    State s = state_new(c, TASK_MAX, TASK_MAX + ANSWER_TOKENS * 2, KEEP_NOTHING);
     char problem[TASK_MAX] = "", text[ANSWER_BYTES];
     int tokens[TASK_MAX + 1] = { (int)c->eos_token_id };
     Sampler sampler = { .temperature = built_in ? 0 : 0.8, .top_k = 40, .top_p = 0.95,
@@ -1406,10 +1412,9 @@ static int due(int64_t period, int64_t s, int64_t last) {
     return s == last || (period && (s + 1) % period == 0);
 }
 
-// The log, ready for the line of step `step`: a resumed run keeps the lines before that.
-static FILE *open_log(const char *path, int64_t step) {
-    static const char header[] =
-        "step\tloss\taux_loss\tgrad_norm\tlr\ttokens_per_s\tval_loss\tsolved\n";
+// The log, ready for the line of step `step`: a resumed run keeps the lines before that. The last
+// columns are the load of each of C iterations.
+static FILE *open_log(const char *path, int64_t step, int64_t C) {
     char temporary[4096];
     size_t bytes = 0, keep = 0;
     char *old = NULL;
@@ -1425,7 +1430,11 @@ static FILE *open_log(const char *path, int64_t step) {
     }
     file = open_temporary(temporary, sizeof temporary, path);
     if (keep) write_exactly(old, keep, file, temporary);
-    else write_exactly(header, sizeof header - 1, file, temporary);
+    else {
+        fputs("step\tloss\taux_loss\tgrad_norm\tlr\ttokens_per_s\tval_loss\tsolved", file);
+        for (int64_t t = 1; t <= C; t++) fprintf(file, "\tload_%lld", (long long)t);
+        write_exactly("\n", 1, file, temporary);
+    }
     publish(file, temporary, path);
     release(old);
     file = fopen(path, "ab");
@@ -1455,12 +1464,46 @@ static void show_progress(const Run *run, double loss, double rate, double token
             loss, rate, tokens_per_s, left, terminal && !last ? "  " : "\n");
 }
 
-// Adds the gradient of one batch, the one at run->step, to run->grad. Returns its losses.
+// Adds to run->chosen how many tokens each expert got in what went through last.
+static void count_choices(Run *run) {
+    const Config *c = &run->model.config;
+    const size_t E = c->n_routed_experts, C = c->inner_iter, L = c->num_hidden_layers;
+    for (size_t l = 0; l < L; l++)
+        for (size_t t = 0; is_moe(c, l) && t < C; t++) {
+            const int *start = run->state.layer[l].iteration[t].start;
+            for (size_t e = 0; e < E; e++)
+                run->chosen[(l * C + t) * E + e] += start[e + 1] - start[e];
+        }
+}
+
+// How unevenly iteration t shared out the tokens of the last step: those of the busiest expert over
+// the mean of all experts, averaged over the layers. NAN without experts.
+static double expert_load(const Run *run, size_t t) {
+    const Config *c = &run->model.config;
+    const size_t E = c->n_routed_experts, C = c->inner_iter, L = c->num_hidden_layers;
+    double total = 0, layers = 0;
+    for (size_t l = 0; l < L; l++) {
+        if (!is_moe(c, l)) continue;
+        const int *chosen = run->chosen + (l * C + t) * E;
+        double most = 0, all = 0;
+        for (size_t e = 0; e < E; e++) {
+            most = chosen[e] > most ? chosen[e] : most;
+            all += chosen[e];
+        }
+        total += most * (double)E / all;
+        layers++;
+    }
+    return layers > 0 ? total / layers : NAN;
+}
+
+// Adds the gradient of one batch, the one at run->step, to run->grad, and counts its choices of
+// experts. Returns its losses.
 static Loss batch_gradient(Run *run) {
     const Recipe *r = &run->recipe;
     const size_t B = (size_t)r->batch_size, L = (size_t)r->max_length,
         at_once = run->state.rows / L;
     Loss loss = { 0, 0 };
+    memset(run->chosen, 0, run->n_chosen * sizeof *run->chosen);
     next_batch(&run->data, (uint64_t)run->step, run->inputs, run->targets, run->window);
     for (size_t b = 0; b < B; b += at_once) {
         const size_t n = B - b < at_once ? B - b : at_once;
@@ -1469,10 +1512,10 @@ static Loss batch_gradient(Run *run) {
                              1.0 / (double)(B * L), (double)n / (double)B);
         loss.loss += part.loss;
         loss.aux += part.aux;
+        count_choices(run);
     }
     return loss;
 }
-
 
 // One step: gradients of the batch in micro-batches, clipping, AdamW. Returns the losses; *norm is
 // the gradient's before clipping. Ends the program where one of them is not finite.
@@ -1537,7 +1580,8 @@ static void print_profile(int64_t steps) {
 static int train(Run *run) {
     const Recipe *r = &run->recipe;
     const Job *job = &run->job;
-    FILE *log = *job->log ? open_log(job->log, run->step) : NULL;
+    FILE *log = *job->log ? open_log(job->log, run->step, run->model.config.inner_iter)
+                           : NULL;
     const int64_t first = run->step;
     const int finished = first >= r->max_steps;
     int64_t profiled = 0;
@@ -1561,6 +1605,8 @@ static int train(Run *run) {
                                        measured ? run->solved : NAN };
             for (size_t i = 0; i < sizeof columns / sizeof *columns; i++)
                 log_number(log, columns[i]);
+            for (int64_t t = 0; t < run->model.config.inner_iter; t++)
+                log_number(log, expert_load(run, (size_t)t));
             fputc('\n', log);
             if (fflush(log)) fail(FAILED, "%s: cannot be written: %s", job->log, strerror(errno));
         }
@@ -1796,7 +1842,7 @@ static void check_memory(const Run *run, size_t rows) {
     const Config *c = &run->model.config;
     const size_t L = (size_t)run->recipe.max_length;
     const double numbers = 1e-6 * sizeof(real) * (double)run->model.w.size;
-    State s = { .rows = rows, .context = L, .keep = 1 };
+    State s = { .rows = rows, .context = L, .keep = to_keep(&run->model) };
     Gradients g = { 0 };
     Arena kept = { 0 }, other = { 0 };
     state_layout(&s, c, &kept);
@@ -1831,11 +1877,15 @@ static void make_room(Run *run) {
     weights_bind(&run->dw, run->grad);
     if (!run->m) run->m = allocate(product(m->w.size, sizeof(real)), "AdamW's first moments");
     if (!run->v) run->v = allocate(product(m->w.size, sizeof(real)), "AdamW's second moments");
-    run->state = state_new(&m->config, product(at_once, L), L, 1);
+    run->state = state_new(&m->config, product(at_once, L), L, to_keep(m));
     run->g = gradients_new(&m->config, at_once * L, L);
     run->inputs = allocate(product(B * L, sizeof(int)), "a batch");
     run->targets = allocate(product(B * L, sizeof(int)), "a batch");
     run->window = allocate((L + 1) * sizeof(int), "a window");
+    run->n_chosen = product((size_t)m->config.num_hidden_layers,
+                            product((size_t)m->config.inner_iter,
+                                    (size_t)m->config.n_routed_experts));
+    run->chosen = allocate(product(run->n_chosen, sizeof(int)), "the choices of experts");
     for (int64_t i = 0; run->data.built_in && i < run->step * r->batch_size; i++)
         next_made_window(&run->data, run->window);
 }

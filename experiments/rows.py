@@ -85,7 +85,7 @@ PRESETS = {
         "hidden_size": 64, "moe_intermediate_size": 32, "num_hidden_layers": 2,
         "qk_nope_head_dim": 8, "v_head_dim": 8, "kv_lora_rank": 32,
         "batch_size": 16, "max_length": 128, "learning_rate": 2e-3}),
-    "default": Preset("an evening", 1000, (3, 1), 10, 200, COMMON | {
+    "default": Preset("two hours", 500, (3, 1), 10, 200, COMMON | {
         "hidden_size": 128, "moe_intermediate_size": 64, "num_hidden_layers": 4,
         "qk_nope_head_dim": 16, "v_head_dim": 16, "kv_lora_rank": 64,
         "batch_size": 16, "max_length": 256, "learning_rate": 1e-3}),

@@ -16,7 +16,7 @@ int main(int argc, char **argv) {
     Weights dw = weights_layout(&m.config, m.coe_weights, F32);
     real *grad = allocate(m.w.size * sizeof(real), "gradients");
     weights_bind(&dw, grad);
-    State state = state_new(&m.config, B * L, L, 1);
+    State state = state_new(&m.config, B * L, L, to_keep(&m));
     Gradients g = gradients_new(&m.config, B * L, L);
     Loss loss = backward(&m, &dw, &state, &g, s.tokens, targets.tokens, B, L, 1.0 / (double)(B * L), 1);
     FILE *out = fopen(argv[5], "wb");

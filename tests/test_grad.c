@@ -51,7 +51,7 @@ static Problem problem_new(int i) {
     for (size_t k = 0; k < p.m.w.n_tensors; k++)
         for (size_t j = 0; j < tensor_size(&p.m.w.tensor[k]); j++)
             p.m.w.tensor[k].data[j] = (p.m.w.tensor[k].init == ONES) + (p.m.w.tensor[k].init == GATE ? 1.5 : 0.4) * rng_normal(&rng);
-    p.s = state_new(c, rows, p.length, 1);
+    p.s = state_new(c, rows, p.length, to_keep(&p.m));
     p.g = gradients_new(c, rows, p.length);
     for (size_t t = 0; t < rows; t++) {
         p.tokens[t] = (int)pick(c->vocab_size);

@@ -234,7 +234,7 @@ static void test_chain(int i) {
     Model m = random_model(i, 0);
     const Config *c = &m.config;
     const size_t d = (size_t)c->hidden_size;
-    State s = state_new(c, T, T, 1);
+    State s = state_new(c, T, T, to_keep(&m));
     real out[T * MOST];
     for (size_t l = 0; l < (size_t)c->num_hidden_layers; l++) {
         double worst = 0, largest = 0, expected[MOST];
@@ -294,11 +294,11 @@ static void test_pieces(int i) {
         *experts = allocate(choices * sizeof(int), "choices");
     real *whole = allocate(n * V * sizeof(real), "logits"),
          *logits = allocate(n * V * sizeof(real), "logits");
-    State training = state_new(c, n, n, 1);
+    State training = state_new(c, n, n, to_keep(&m));
     run_pieces(&m, &training, tokens, n, 1, whole, expected);
     const size_t pieces[] = { 1, 2, 3, n };
     for (size_t k = 0; k < 4; k++) {
-        State s = state_new(c, n, n + k, 0);            // also with room left over
+        State s = state_new(c, n, n + k, KEEP_NOTHING);     // also with room left over
         run_pieces(&m, &s, tokens, n, pieces[k], logits, experts);
         const double off = furthest(logits, whole, n * V);
         check(off < 1e-10 && !memcmp(experts, expected, choices * sizeof(int)),
@@ -349,7 +349,7 @@ static void test_batch(int i) {
     const size_t n = i % 6 == 4 ? 150 : 11;     // 450 rows are more than loss_of takes at once
     Model m = random_model(i, 0);
     int *tokens = random_tokens(&m, B * n), *targets = random_tokens(&m, B * n);
-    State s = state_new(&m.config, B * n, n, 1);
+    State s = state_new(&m.config, B * n, n, to_keep(&m));
     Gradients g = gradients_new(&m.config, B * n, n);
     Weights whole = gradients_of(&m), alone = gradients_of(&m);
     Loss loss = backward(&m, &whole, &s, &g, tokens, targets, B, n, 1.0 / (double)(B * n), 1),
@@ -393,6 +393,7 @@ static Run one_step(const Model *m, const int *tokens, size_t B, size_t n, int64
 }
 
 static void free_run(Run *run) {
+    release(run->chosen);
     release(run->model.weights); release(run->model.w.tensor); release(run->grad);
     release(run->dw.tensor); release(run->m); release(run->v); release(run->inputs);
     release(run->targets); release(run->window); release(run->g.memory);
@@ -508,7 +509,7 @@ static char *work(const Model *m, const int *tokens, int threads, size_t *bytes)
     double norm;
     Loss loss;
     Run run = one_step(m, tokens, B, n, 0, &loss, &norm);
-    State s = state_new(&m->config, n, n + GENERATED, 0);
+    State s = state_new(&m->config, n, n + GENERATED, KEEP_NOTHING);
     *bytes = (2 * size + (GENERATED + 1) * V) * sizeof(real) + 3 * sizeof(double);
     char *result = allocate(*bytes, "the result"), *to = result;
     real *logits = allocate(V * sizeof(real), "logits");
@@ -554,7 +555,7 @@ static void test_used_before(int i) {
     int *tokens = random_tokens(&m, 2 * B * n);
     Weights first = gradients_of(&m), second = gradients_of(&m), unused = gradients_of(&m);
     for (int used = 0; used < 2; used++) {
-        State s = state_new(&m.config, B * n, n, 1);
+        State s = state_new(&m.config, B * n, n, to_keep(&m));
         Gradients g = gradients_new(&m.config, B * n, n);
         if (used) backward(&m, &unused, &s, &g, tokens + B * n, tokens, B, n, 1, 1);
         backward(&m, used ? &second : &first, &s, &g, tokens, tokens + B * n, B, n / 2, 0.01, 1);
@@ -568,6 +569,40 @@ static void test_used_before(int i) {
     model_free(&m);
 }
 
+// One layer more takes, for each token, what the README says and nothing else.
+static void test_activations(int i) {
+    Model m = random_model(i, 0);
+    Config c = m.config;
+    if (!c.n_routed_experts) return;
+    c.first_k_dense_replace = 0;
+    c.moe_layer_freq = 1;
+    const size_t T = 1000, d = (size_t)c.hidden_size, H = (size_t)c.num_attention_heads,
+        dn = (size_t)c.qk_nope_head_dim, dr = (size_t)c.qk_rope_head_dim,
+        dv = (size_t)c.v_head_dim, r = (size_t)c.q_lora_rank, R = (size_t)c.kv_lora_rank,
+        E = (size_t)c.n_routed_experts, K = (size_t)c.num_experts_per_tok,
+        S = (size_t)c.n_shared_experts, f = (size_t)c.moe_intermediate_size,
+        C = (size_t)c.inner_iter;
+    for (enum Keep keep = KEEP; keep <= KEEP_FFN; keep++) {
+        State s = { .rows = T, .context = T, .keep = keep };
+        Arena arena[2] = { { 0 } };
+        for (size_t more = 0; more < 2; more++) {
+            c.num_hidden_layers = 2 + (int64_t)more;
+            state_layout(&s, &c, &arena[more]);
+        }
+        const size_t numbers = 2 * d + r + H * (2 * dn + dr + 2 * dv + 1) + 2 * (R + dr) + 4 +
+            C * (d + E + K + 2 * f * (K + S)) + (keep == KEEP_FFN ? (C - 1) * d : 0);
+        const size_t expected = T * (numbers * sizeof(real) + C * 3 * K * sizeof(int));
+        const size_t found = arena[1].used - arena[0].used;
+        // What does not grow with T: names, starts of groups, and arrays begin at whole lines.
+        const size_t rest = sizeof(LayerState) + C * (sizeof(Iteration) + (E + 1) * sizeof(int)) +
+            64 * (16 + 12 * C);
+        check(found >= expected && found <= expected + rest,
+              "model %d: a layer of %zu tokens takes %zu bytes, should be %zu to %zu", i, T, found,
+              expected, expected + rest);
+    }
+    model_free(&m);
+}
+
 // With an argument only every so many models are tested: sanitizers are slow.
 int main(int argc, char **argv) {
     const int step = argc > 1 ? atoi(argv[1]) : 1;
@@ -576,6 +611,7 @@ int main(int argc, char **argv) {
     set_threads(2);
     test_adamw();
     test_learning_rate();
+    for (int i = 0; i < KINDS; i += step) test_activations(i);
     for (int i = 0; i < KINDS; i += step) test_chain(i);
 #ifdef REAL_IS_FLOAT
     for (int i = 0; i < KINDS; i += step) test_used_before(i);

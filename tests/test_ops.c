@@ -462,7 +462,7 @@ static void test_rope(void) {
         c.rope_scaling_mscale = o[5];
         c.rope_scaling_mscale_all = o[6];
         c.rope_theta = o[7];
-        State s = state_new(&c, 1, 65, 0);
+        State s = state_new(&c, 1, 65, KEEP_NOTHING);
         double low = floor(dim * log(o[2] / (2 * PI * o[3])) / (2 * log(o[7])));
         double high = ceil(dim * log(o[2] / (2 * PI * o[4])) / (2 * log(o[7])));
         low = fmax(low, 0);

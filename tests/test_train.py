@@ -508,6 +508,11 @@ def test_log(folder):
     head, *lines = read(here("log")).decode().splitlines()
     check("the log's header", head.split("\t")[:7] ==
           ["step", "loss", "aux_loss", "grad_norm", "lr", "tokens_per_s", "val_loss"], head)
+    loads = [name for name in head.split("\t") if name.startswith("load_")]
+    check("a load for each iteration", loads and loads == [
+        f"load_{t + 1}" for t in range(len(loads))], head)
+    check("the busiest expert has between the mean and all of it", all(
+        1 <= float(row[name]) <= 64 for row in rows for name in loads), lines[0])
     check("a line for every step", [row["step"] for row in rows] == [str(s) for s in range(10)])
     measured = [int(row["step"]) for row in rows if row["val_loss"]]
     check("val_loss where it was measured", measured == [3, 7, 9], measured)
