@@ -20,7 +20,9 @@ pooled over all rows that have several (and a loss at the same point). A claim "
 otherwise *not decidable at this scale*. "A matches B" is the same with {100 * MATCH:.0f} % of B's
 loss instead of 0. Equal FLOPs and equal time: at the end of the shorter of the two runs, where the
 other's loss lies on a straight line between its validations, over the logarithm of the step. Time
-is that of the training steps alone, at the row's median speed."""
+is that of the training steps alone, at the row's median speed. Seed by seed: runs of a seed see the
+same batches, so that their differences, at equal steps, may spread less than their losses do; the
+interval is ± t s / √n, with the s of these n differences."""
 
 # Student's t, 97.5 %, for 1, 2, ... degrees of freedom; the last one is for more.
 STUDENT = [12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179,
@@ -46,6 +48,14 @@ def difference(a, b, spread, freedom):
     t = STUDENT[min(freedom, len(STUDENT)) - 1] if freedom else math.inf
     half = t * spread * math.sqrt(1 / len(a) + 1 / len(b)) if freedom else math.inf
     return mean(a) - mean(b), half
+
+
+def paired(pairs):
+    """The mean of a - b over the pairs (a, b), and half of its interval; infinite for one pair."""
+    differences = [a - b for a, b in pairs]
+    spread, freedom = pooled([differences])
+    t = STUDENT[min(freedom, len(STUDENT)) - 1] if freedom else math.inf
+    return mean(differences), t * spread / math.sqrt(len(pairs)) if freedom else math.inf
 
 
 def verdict(d, half, limit):
@@ -105,6 +115,12 @@ class Grid:
 
     def finals(self, row):
         return [run.val_loss for run in self.runs[row]]
+
+    def pairs(self, a, b):
+        """The last losses of two rows, seed by seed, as far as both have one and the same steps."""
+        others = {(run.seed, run.steps): run.val_loss for run in self.runs[b]}
+        return [(run.val_loss, others[run.seed, run.steps]) for run in self.runs[a]
+                if (run.seed, run.steps) in others]
 
     def budget(self, kind, *rows):
         """What the shortest of these rows' runs spent."""
@@ -177,7 +193,7 @@ def with_interval(d, half):
 def claims_table(grid):
     """Every claim whose two rows are there: the paper's difference, and ours in three ways."""
     yield ("claim", "A", "B", "paper, A - B", *(f"equal {kind}" for kind in KINDS),
-           "A's parameters", "A's memory")
+           "seed by seed", "A's parameters", "A's memory")
     for claim in CLAIMS:
         a, b = claim.better, claim.other
         if a not in grid.runs or b not in grid.runs:
@@ -186,7 +202,9 @@ def claims_table(grid):
                  for found in measured(grid, claim)]
         ratio = [f"{grid.mean_of(a, what) / grid.mean_of(b, what) - 1:+.0%}"
                  for what in ("total_parameters", "peak_bytes")]
-        yield claim.text, ABOUT[a], ABOUT[b], f"{PAPER[a] - PAPER[b]:+.3f}", *cells, *ratio
+        pairs = grid.pairs(a, b)
+        yield (claim.text, ABOUT[a], ABOUT[b], f"{PAPER[a] - PAPER[b]:+.3f}", *cells,
+               with_interval(*paired(pairs)) if len(pairs) > 1 else "", *ratio)
 
 
 def short_table(grid):

@@ -8,6 +8,7 @@ The last line is "N passed, N failed, N skipped". Python is enough for most of i
 matplotlib or a Chromium is skipped without.
 """
 import json
+import math
 import os
 import signal
 import struct
@@ -214,6 +215,10 @@ def test_claims(folder):
     d, half = claims.difference([1, 3], [2, 2, 5], spread, freedom)
     near("difference", d, -1)
     near("interval", half, 3.182 * (8 / 3) ** 0.5 * (1 / 2 + 1 / 3) ** 0.5)
+    d, half = claims.paired([(1, 2), (5, 9), (2, 6)])
+    near("difference of pairs", d, -3)
+    near("its interval: s² is (2² + 1 + 1) / 2", half, 4.303 * 3 ** 0.5 / 3 ** 0.5)
+    equal("one pair decides nothing", claims.paired([(1, 2)]), (-1, math.inf))
     check("one seed decides nothing", claims.verdict(*claims.difference(
         [1], [2], *claims.pooled([[1], [2]])), 0) == "not decidable at this scale")
     for d, limit, expected in ((-3, 0, "confirmed"), (-1, 0, "not decidable at this scale"),
