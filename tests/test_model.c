@@ -400,6 +400,31 @@ static void free_run(Run *run) {
     state_free(&run->state);
 }
 
+// What a step of one micro-batch counted, against its choices of experts taken one by one.
+static void check_choices(const Run *run, size_t tokens, int i) {
+    const Config *c = &run->model.config;
+    const size_t L = (size_t)c->num_hidden_layers, C = (size_t)c->inner_iter,
+        E = (size_t)c->n_routed_experts, K = (size_t)c->num_experts_per_tok;
+    int right = 1;
+    for (size_t t = 0; t < C; t++) {
+        double total = 0, layers = 0;
+        for (size_t l = 0; l < L; l++) {
+            if (!is_moe(c, l)) continue;
+            int count[E], most = 0;
+            memset(count, 0, sizeof count);
+            for (size_t k = 0; k < tokens * K; k++)
+                count[run->state.layer[l].iteration[t].expert[k]]++;
+            for (size_t e = 0; e < E; e++) most = count[e] > most ? count[e] : most;
+            right &= !memcmp(count, run->chosen + (l * C + t) * E, sizeof count);
+            total += (double)(most * (int)E) / (double)(tokens * K);
+            layers++;
+        }
+        const double load = expert_load(run, t);
+        right &= layers > 0 ? fabs(load - total / layers) < 1e-9 : isnan(load);
+    }
+    check(right, "model %d: the load of the experts", i);
+}
+
 static void test_micro_batches(int i) {
     enum { B = 5, n = 7 };
     Model m = random_model(i, 0);
@@ -407,6 +432,7 @@ static void test_micro_batches(int i) {
     double norm, part_norm;
     Loss loss, part;
     Run whole = one_step(&m, tokens, B, n, 0, &loss, &norm);
+    check_choices(&whole, B * n, i);
     static const int64_t sizes[] = { 1, 2, 3, 5, 9 };
     for (size_t k = 0; k < 5; k++) {
         Run run = one_step(&m, tokens, B, n, sizes[k], &part, &part_norm);
@@ -416,6 +442,8 @@ static void test_micro_batches(int i) {
                   fabs(part_norm / norm - 1) < 1e-9,
               "model %d, micro-batches of %d: loss %.15g, not %.15g", i, (int)sizes[k], part.loss,
               loss.loss);
+        check(!memcmp(run.chosen, whole.chosen, whole.n_chosen * sizeof *whole.chosen),
+              "model %d, micro-batches of %d: other choices", i, (int)sizes[k]);
         free_run(&run);
     }
     free_run(&whole);
