@@ -1099,7 +1099,6 @@ typedef real uvec __attribute__((vector_size(VECTOR_BYTES), aligned(sizeof(real)
 // As many 32-bit words of a file, and what they turn into on the way to a vec.
 typedef uint32_t vec_u32  __attribute__((vector_size(4 * LANES)));
 typedef uint32_t uvec_u32 __attribute__((vector_size(4 * LANES), aligned(1), may_alias));
-typedef int32_t vec_i32   __attribute__((vector_size(4 * LANES)));
 typedef float vec_f32     __attribute__((vector_size(4 * LANES)));
 
 // clang would split 64-byte vectors in two, for processors on which they slow down the clock.
@@ -1161,6 +1160,17 @@ static inline real sigmoid(real x) { return 1 / (1 + exp_fast(-x)); }
 // all are at work already it does not, and there it should not reach a pragma either: OpenMP would
 // make a team of one, which takes longer than a small product.
 static int worth_threads(size_t operations) { return operations > 20000 && !at_work(); }
+
+// Calls piece(job, i) for all i < n, on all threads if the operations are worth it.
+static void share_out(void (*piece)(const void *job, size_t i), const void *job, size_t n,
+                      size_t operations) {
+    if (!worth_threads(operations)) {
+        for (size_t i = 0; i < n; i++) piece(job, i);
+        return;
+    }
+    #pragma omp parallel for
+    for (size_t i = 0; i < n; i++) piece(job, i);
+}
 
 // y_i = w_i x_i / rms,  1 / rms = (mean_j x_j^2 + eps)^(-1/2)
 // y (n, d) at stride ldy, x (n, d) at stride ldx, w (d).  kept: inverse (n) = 1 / rms, unless NULL
@@ -1308,9 +1318,12 @@ WIDE static void tile_cols(real *c, size_t ldc, const real *a, size_t ai, size_t
 #define RIFFLE_HIGH(a, b) __builtin_shufflevector(a, b, 2, 6, 3, 7)
 #endif
 
-// Weights of the narrow types come out of 32-bit words with two shifts or one mask, which any
-// processor can do to a whole vector: a word holds per_word() of them. LANES words starting at
-// column i have, as part k, the columns i + k, i + P + k, i + 2 P + k, ... with P = per_word().
+// Weights of the narrow types come out of 32-bit words with a shift and a mask, which any processor
+// can do to a whole vector: a word holds per_word() of them. LANES words starting at column i have,
+// as part k, the columns i + k, i + P + k, i + 2 P + k, ... with P = per_word(). Those of BF16 are
+// the upper half of a float. A byte of Q8 becomes the lowest bits of one, under an exponent that
+// makes their unit 1: with its sign bit turned over it reads 2^23 + 128 + byte. Where it is the
+// second byte from below, an exponent 8 less saves a shift.
 static inline size_t per_word(enum Type type) { return type == F32 ? 1 : type == BF16 ? 2 : 4; }
 
 // Where column i of a row is. `type` is w.type, here and below a constant where this is inlined.
@@ -1325,10 +1338,12 @@ WIDE static inline __attribute__((always_inline)) vec load_part(Matrix w, size_t
                                                                 size_t k, enum Type type) {
     if (type == F32) return load(place(w, row, i, type));
     const vec_u32 words = *(const uvec_u32 *)place(w, row, i, type);
-    if (type == Q8) return __builtin_convertvector((vec_i32)(words << (24 - 8 * k)) >> 24, vec);
-    const vec_u32 bits = k ? words & 0xFFFF0000u : words << 16;
+    const vec_u32 low = k < 2 ? words : words >> 16;
+    const vec_u32 bits = type == BF16 ? (k ? words & 0xFFFF0000u : words << 16)
+                         : k % 2 ? (low & 0xFF00u) ^ 0x47008000u : (low & 0xFFu) ^ 0x4B000080u;
     vec_f32 x;
     memcpy(&x, &bits, sizeof x);
+    if (type == Q8) x -= (k % 2 ? 0x1p15f : 0x1p23f) + 128;
     return __builtin_convertvector(x, vec);
 }
 
@@ -1557,6 +1572,29 @@ WIDE static void few_rows(real *y, size_t ldy, const real *x, size_t ldx, Matrix
     }
 }
 
+// x (in) = w (out, in)^T y (out), or += with `add`, for a narrow type: gemm() would make a panel of
+// floats for a single use.
+WIDE static inline __attribute__((always_inline)) void sum_rows(
+        real *x, const real *y, Matrix w, size_t in, size_t out, int add, enum Type type) {
+    const size_t P = per_word(type);
+    size_t i = 0;
+    for (; i + P * LANES <= in; i += P * LANES) {
+        vec s[4] = { { 0 } };
+        for (size_t k = 0; k < out; k++) {
+            __builtin_prefetch(place(w, k + AHEAD, i, type));
+            for (size_t part = 0; part < P; part++)
+                s[part] += y[k] * load_scaled(w, k, i, part, type);
+        }
+        for (size_t j = 0; j < P * LANES; j++)
+            x[i + j] = (add ? x[i + j] : 0) + s[j % P][j / P];
+    }
+    for (; i < in; i++) {
+        real total = add ? x[i] : 0;
+        for (size_t k = 0; k < out; k++) total += y[k] * weight(w, k, i);
+        x[i] = total;
+    }
+}
+
 // y (out) = w (out, in) x (in); x is in the order of spread().
 typedef struct { real *y; const real *x; Matrix w; size_t in, out; } Product;
 enum { MOST_PRODUCTS = 128 };
@@ -1597,7 +1635,12 @@ static void matmul_nt(real *y, size_t ldy, const real *x, size_t ldx, Matrix w,
 // x (n, in) = y (n, out) w (out, in)
 static void matmul_nn(real *x, size_t ldx, const real *y, size_t ldy, Matrix w,
                       size_t n, size_t in, size_t out, int add) {
-    gemm((Gemm){ x, ldx, y, ldy, 1, w, 0, n, in, out, add, 0, 0, 0, 0 });
+    if (n > FEW || w.type == F32)
+        gemm((Gemm){ x, ldx, y, ldy, 1, w, 0, n, in, out, add, 0, 0, 0, 0 });
+    else
+        for (size_t t = 0; t < n; t++, x += ldx, y += ldy)
+            if (w.type == BF16) sum_rows(x, y, w, in, out, add, BF16);
+            else sum_rows(x, y, w, in, out, add, Q8);
 }
 
 // w (out, in) = y (n, out)^T x (n, in)
@@ -1915,39 +1958,67 @@ static void attend_expanded(const Config *c, State *s, LayerState *a, size_t B, 
     }
 }
 
-// The same on the cached latents for `queries` tokens of one sequence, row `first` of a->q being
-// the one at position pos. All heads share the latents, so the heads of a token are rows of one
-// product: `rows` of them, (queries, H). Nothing is kept.
+// Attention of `queries` tokens of one sequence to its cached latents. All heads share them, so a
+// head of a token is a row of one product: (queries, H) rows.
+typedef struct {
+    const Config *c;
+    const Tensor *kv_b_proj;
+    size_t queries, keys;   // the last of the keys are those of the queries
+    const real *q;          // (queries, H, dn + dr)
+    real *q_latent;         // (rows, R + dr)   W_k^T q beside q_rot
+    real *p;                // (rows, keys)     scores, then their softmax
+    real *o_latent;         // (rows, R)        sum_j p_j c_j
+    real *heads;            // (queries, H, dv) W_v of it
+} Latent;
+
+// q_latent of head h.
+static void absorb_head(const void *job, size_t h) {
+    const Latent *a = job;
+    const size_t H = a->c->num_attention_heads, dn = a->c->qk_nope_head_dim,
+        dr = a->c->qk_rope_head_dim, dv = a->c->v_head_dim, R = a->c->kv_lora_rank, dq = dn + dr;
+    const real *q = a->q + h * dq;
+    real *q_latent = a->q_latent + h * (R + dr);
+    matmul_nn(q_latent, H * (R + dr), q, H * dq, matrix(a->kv_b_proj, 0, h * (dn + dv)),
+              a->queries, R, dn, 0);
+    for (size_t i = 0; i < a->queries; i++)
+        memcpy(q_latent + i * H * (R + dr) + R, q + i * H * dq + dn, dr * sizeof(real));
+}
+
+// The softmax of row i.
+static void weigh_row(const void *job, size_t i) {
+    const Latent *a = job;
+    const size_t seen = a->keys - a->queries + 1 + i / (size_t)a->c->num_attention_heads;
+    causal_softmax(a->p + i * a->keys, seen, a->keys, attention_scale(a->c), NULL);
+}
+
+// heads of head h.
+static void read_head(const void *job, size_t h) {
+    const Latent *a = job;
+    const size_t H = a->c->num_attention_heads, dn = a->c->qk_nope_head_dim,
+        dv = a->c->v_head_dim, R = a->c->kv_lora_rank;
+    matmul_nt(a->heads + h * dv, H * dv, a->o_latent + h * R, H * R,
+              matrix(a->kv_b_proj, 0, h * (dn + dv) + dn), a->queries, R, dv, 0);
+}
+
+// a->heads for `queries` tokens of one sequence on its cached latents, row `first` of a->q being
+// the one at position pos. Nothing is kept.
 static void attend_latent(const Config *c, State *s, LayerState *a, const Tensor *kv_b_proj,
                           const real *cached, size_t first, size_t queries, size_t pos) {
     const size_t H = c->num_attention_heads, dn = c->qk_nope_head_dim, dr = c->qk_rope_head_dim,
-        dv = c->v_head_dim, R = c->kv_lora_rank, dq = dn + dr, rows = queries * H,
-        keys = pos + queries, most = latent_rows(c), thread = (size_t)thread_id();
+        dv = c->v_head_dim, R = c->kv_lora_rank, rows = queries * H, keys = pos + queries,
+        most = latent_rows(c), thread = (size_t)thread_id();
     const Matrix latent = plain(cached, R + dr);
-    const real scale = attention_scale(c);
-    const real *q = a->q + first * H * dq;
-    real *heads = a->heads + first * H * dv;
-    real *p = s->scores + thread * most * s->context;               // (rows, keys)
-    real *q_latent = s->absorbed + thread * most * (2 * R + dr);    // (rows, R + dr)
-    real *o_latent = q_latent + most * (R + dr);                    // (rows, R)
-    for (size_t h = 0; h < H; h++)                                  // W_k^T q
-        matmul_nn(q_latent + h * (R + dr), H * (R + dr), q + h * dq, H * dq,
-                  matrix(kv_b_proj, 0, h * (dn + dv)), queries, R, dn, 0);
-    for (size_t i = 0; i < rows; i++)
-        memcpy(q_latent + i * (R + dr) + R, q + i * dq + dn, dr * sizeof(real));
-    matmul_nt(p, keys, q_latent, R + dr, latent, rows, R + dr, keys, 0);
-    if (!worth_threads(rows * keys)) {
-        for (size_t i = 0; i < rows; i++)
-            causal_softmax(p + i * keys, pos + 1 + i / H, keys, scale, NULL);
-    } else {
-        #pragma omp parallel for
-        for (size_t i = 0; i < rows; i++)
-            causal_softmax(p + i * keys, pos + 1 + i / H, keys, scale, NULL);
-    }
-    matmul_nn(o_latent, R, p, keys, latent, rows, R, keys, 0);      // sum_j p_j c_j
-    for (size_t h = 0; h < H; h++)                                  // W_v of it
-        matmul_nt(heads + h * dv, H * dv, o_latent + h * R, H * R,
-                  matrix(kv_b_proj, 0, h * (dn + dv) + dn), queries, R, dv, 0);
+    real *memory = s->absorbed + thread * most * (2 * R + dr);
+    const Latent job = {
+        .c = c, .kv_b_proj = kv_b_proj, .queries = queries, .keys = keys,
+        .q = a->q + first * H * (dn + dr), .q_latent = memory,
+        .p = s->scores + thread * most * s->context, .o_latent = memory + most * (R + dr),
+        .heads = a->heads + first * H * dv };
+    share_out(absorb_head, &job, H, rows * dn * R);
+    matmul_nt(job.p, keys, job.q_latent, R + dr, latent, rows, R + dr, keys, 0);
+    share_out(weigh_row, &job, rows, rows * keys);
+    matmul_nn(job.o_latent, R, job.p, keys, latent, rows, R, keys, 0);
+    share_out(read_head, &job, H, rows * R * dv);
 }
 
 // The same for n tokens of each of B sequences, from position pos on.
