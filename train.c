@@ -665,19 +665,23 @@ typedef struct {
     real *row_weight;   // (T K)            the routing weights, grouped by expert
     real *drow_weight;  // (T K)            and their gradients
     real *dscore;       // (T, E)           of the routers' scores, then of their logits
-    real *logits;       // (LOSS_ROWS, V)
+    real *logits;       // (loss_rows, V)
     size_t loss_rows;
     char *memory;
     size_t memory_bytes;
 } Gradients;
 
-// Rows whose logits are in memory at a time: enough for lm_head's products to run at full speed,
-// few enough that (rows, V) stays small beside the model.
+// Rows whose logits are in memory at a time: so many that lm_head and its gradient are not fetched
+// too often, but no more than 256 MB of them; T is cut into equal parts.
 static size_t loss_rows(size_t T, size_t V) {
-    size_t rows = ((size_t)1 << 24) / V;
-    rows = rows < 96 ? 96 : rows > 384 ? 384 : rows;
-    return rows < T ? rows : T;
+    const size_t fit = ((size_t)1 << 26) / V, most = fit < 96 ? 96 : fit > 512 ? 512 : fit;
+    const size_t parts = (T + most - 1) / most;
+    return (T + parts - 1) / parts;
 }
+
+// How far apart their rows are. V is often a multiple of a power of two, and a column of such a
+// matrix would fall into few places of a cache.
+static size_t logits_stride(size_t V) { return V + LANES; }
 
 // Places everything in Gradients for T rows, of sequences of up to `context` tokens.
 static void gradients_layout(Gradients *g, const Config *c, size_t T, size_t context,
@@ -713,7 +717,7 @@ static void gradients_layout(Gradients *g, const Config *c, size_t T, size_t con
     g->row_weight  = take(arena, T * K, fit);
     g->drow_weight = take(arena, T * K, fit);
     g->dscore    = take(arena, T * E, fit);
-    g->logits    = take(arena, product(g->loss_rows, (size_t)c->vocab_size), fit);
+    g->logits    = take(arena, product(g->loss_rows, logits_stride((size_t)c->vocab_size)), fit);
 }
 
 // Memory for the backward pass of T rows, laid out like a State: once to measure, once to place.
@@ -1040,25 +1044,27 @@ static double chain_backward(const Model *m, const Weights *dw, State *s, Gradie
 // A block of rows at a time: the logits of all rows would dwarf the model.
 static double loss_of(const Model *m, const Weights *dw, State *s, Gradients *g,
                       const int *targets, size_t T, double scale) {
-    const size_t V = m->config.vocab_size, d = m->config.hidden_size;
+    const size_t V = m->config.vocab_size, d = m->config.hidden_size, ld = logits_stride(V);
+    const Matrix lm_head = matrix(m->w.lm_head, 0, 0);
     double total = 0;
     for (size_t first = 0; first < T; first += g->loss_rows) {
         const size_t rows = T - first < g->loss_rows ? T - first : g->loss_rows;
         double row_loss[rows];
         phase(HEAD);
-        logits_forward(m, s, g->logits, first, rows);
+        const real *x = s->final + first * d;
+        matmul_nt(g->logits, ld, x, d, lm_head, rows, d, V, 0);
         #pragma omp parallel for if (worth_threads(rows * V))
         for (size_t t = 0; t < rows; t++) {
-            real *z = g->logits + t * V;
+            real *z = g->logits + t * ld;
             row_loss[t] = cross_entropy(z, V, targets[first + t]);      // z is p now
             z[targets[first + t]] -= 1;
             for (size_t i = 0; dw && i < V; i++) z[i] *= (real)scale;
         }
         for (size_t t = 0; t < rows; t++) total += row_loss[t];
         phase(BACKWARD + HEAD);
-        if (dw)
-            linear_backward(g->dnorm + first * d, dw->lm_head, NULL, g->logits,
-                            s->final + first * d, m->w.lm_head, 0, rows, 0);
+        if (!dw) continue;
+        matmul_nn(g->dnorm + first * d, d, g->logits, ld, lm_head, rows, d, V, 0);
+        matmul_tn(dw->lm_head->data, d, g->logits, ld, x, d, rows, d, V, 1);
     }
     return total * scale;
 }
