@@ -665,7 +665,7 @@ typedef struct {
     real *row_weight;   // (T K)            the routing weights, grouped by expert
     real *drow_weight;  // (T K)            and their gradients
     real *dscore;       // (T, E)           of the routers' scores, then of their logits
-    real *logits;       // (loss_rows, V)
+    real *logits;       // (loss_rows, V)     at logits_stride(V)
     size_t loss_rows;
     char *memory;
     size_t memory_bytes;
