@@ -1454,17 +1454,21 @@ static void gemm_block(const Gemm *g, size_t block) {
     }
 }
 
-// All of it. Where K is long and c is not, it goes in slices of K, so that what all blocks read of
-// a and b stays in the cache meanwhile.
+// All of it. Blocks are smaller where there would be too few for the threads to end together. Where
+// K is long and c is not, it goes in slices of K, so that what all blocks read of a and b stays in
+// the cache meanwhile.
 static void gemm(Gemm g) {
-    g.down = (g.M + BLOCK_ROWS - 1) / BLOCK_ROWS;
+    const size_t tiles = (g.M + TILE_ROWS - 1) / TILE_ROWS;
+    const int shared = worth_threads(g.M * g.N * g.K / 16);
     g.across = (g.N + TILE_COLS - 1) / TILE_COLS;
+    g.down = (g.M + BLOCK_ROWS - 1) / BLOCK_ROWS;
+    while (shared && g.down < tiles && g.down * g.across < 4 * (size_t)thread_count()) g.down++;
     const size_t blocks = g.down * g.across;
     size_t slice = CACHE_NUMBERS / (g.M + g.N) / PANEL_DEPTH * PANEL_DEPTH;
     if (!slice || g.M * g.N > CACHE_NUMBERS) slice = g.K;
     for (; g.from < g.K; g.from = g.to) {
         g.to = g.K - g.from < slice ? g.K : g.from + slice;
-        if (blocks == 1 || !worth_threads(g.M * g.N * (g.to - g.from) / 16)) {
+        if (!shared) {
             for (size_t block = 0; block < blocks; block++) gemm_block(&g, block);
             continue;
         }

@@ -581,7 +581,7 @@ static void next_batch(Data *data, uint64_t step, int *inputs, int *targets, int
 // As [6] and [7] in coe.c: what is above a function is the forward equation, then its derivative.
 
 // Where a sum runs over rows, the columns are shared out among the threads in blocks of this many.
-enum { COLUMN_BLOCK = 64 };
+enum { COLUMN_BLOCK = 32 };
 
 // dw (d) += the sum over the n rows of dy * x * scale, and of dy alone where x is NULL (a bias).
 // x and dy are (n, d) at strides ldx and ldy, scale (n). A thread owns columns, so that the order
@@ -1101,19 +1101,14 @@ static double gradient_norm(const real *grad, size_t n) {
     enum { PIECE = 1 << 14, PIECES = 256 };
     double total = 0;
     for (size_t start = 0; start < n; start += (size_t)PIECE * PIECES) {
-        double part[PIECES] = { 0 };
+        double part[PIECES];
+        const size_t left = (n - start + PIECE - 1) / PIECE, pieces = left < PIECES ? left : PIECES;
         #pragma omp parallel for
-        for (size_t k = 0; k < PIECES; k++) {
+        for (size_t k = 0; k < pieces; k++) {
             const size_t from = start + k * PIECE, to = from + PIECE < n ? from + PIECE : n;
-            if (from < n) {
-                vec lanes = { 0 };
-                size_t i = from;
-                for (; i + LANES <= to; i += LANES) lanes += load(grad + i) * load(grad + i);
-                part[k] = (double)add_lanes(lanes);
-                for (; i < to; i++) part[k] += (double)(grad[i] * grad[i]);
-            }
+            part[k] = (double)dot(grad + from, grad + from, to - from);
         }
-        for (int k = 0; k < PIECES; k++) total += part[k];
+        for (size_t k = 0; k < pieces; k++) total += part[k];
     }
     return sqrt(total);
 }
