@@ -1454,15 +1454,16 @@ static void gemm_block(const Gemm *g, size_t block) {
     }
 }
 
-// All of it. Blocks are smaller where there would be too few for the threads to end together. Where
-// K is long and c is not, it goes in slices of K, so that what all blocks read of a and b stays in
-// the cache meanwhile.
+// All of it. Blocks are smaller where there would be too few for the threads to end together, but
+// not so small that a panel would not be worth its copying. Where K is long and c is not, it goes
+// in slices of K, so that what all blocks read of a and b stays in the cache meanwhile.
 static void gemm(Gemm g) {
-    const size_t tiles = (g.M + TILE_ROWS - 1) / TILE_ROWS;
+    const size_t tiles = (g.M + TILE_ROWS - 1) / TILE_ROWS, least = g.transposed ? 8 : 1;
     const int shared = worth_threads(g.M * g.N * g.K / 16);
     g.across = (g.N + TILE_COLS - 1) / TILE_COLS;
     g.down = (g.M + BLOCK_ROWS - 1) / BLOCK_ROWS;
-    while (shared && g.down < tiles && g.down * g.across < 4 * (size_t)thread_count()) g.down++;
+    while (shared && g.down * least < tiles && g.down * g.across < 4 * (size_t)thread_count())
+        g.down++;
     const size_t blocks = g.down * g.across;
     size_t slice = CACHE_NUMBERS / (g.M + g.N) / PANEL_DEPTH * PANEL_DEPTH;
     if (!slice || g.M * g.N > CACHE_NUMBERS) slice = g.K;
@@ -1488,54 +1489,93 @@ WIDE static inline __attribute__((always_inline)) void add_lanes_of_four(real to
     const vec c = RIFFLE_LOW(a, b) + RIFFLE_HIGH(a, b);     // lanes of rows 0, 2, 1, 3, 0, 2, 1, 3
     real part[LANES];
     memcpy(part, &c, sizeof part);
-    for (size_t k = 0; k < 4; k++) total[k] = 0;
-    for (size_t i = 0; i < LANES; i++) total[(i % 4 * 2 + i % 4 / 2) % 4] += part[i];
+    for (size_t half = LANES / 2; half >= 4; half /= 2)
+        for (size_t i = 0; i < half; i++) part[i] += part[i + half];
+    for (size_t i = 0; i < 4; i++) total[(i * 2 + i / 2) % 4] = part[i];
 #else
     for (size_t k = 0; k < 4; k++) total[k] = add_lanes(s[k]);
 #endif
 }
 
-// y[j .. j + 3] (of the `out` that there are) = rows j .. of w times x, or += with `add`, for `in`
-// columns from `first` on; x is in the order of spread(). Four rows of w at a time keep enough
-// loads on their way, and the next four are asked for early: the processor guesses by itself what
-// is read next only within a page of 4 KB. In Q8 the sum over a group is scaled.
-WIDE static inline __attribute__((always_inline)) void four_rows(
-        real *y, const real *x, Matrix w, size_t j, size_t first, size_t in, size_t out, int add,
-        enum Type type) {
-    const size_t P = per_word(type), whole = in / (P * LANES) * (P * LANES);
-    const size_t step = type == Q8 ? GROUP : whole + !whole;
-    size_t row[4];
-    for (size_t k = 0; k < 4; k++) row[k] = j + k < out ? j + k : out - 1;
-    vec s[4] = { { 0 } };
-    for (size_t begin = 0; begin < whole; begin += step) {
-        const size_t end = whole - begin < step ? whole : begin + step;
-        vec g[4] = { { 0 } };
-        for (size_t i = begin; i < end; i += P * LANES) {
-            for (size_t k = 0; k < 4; k++)
-                __builtin_prefetch(place(w, row[k] + 4, first + i, type));
-            for (size_t part = 0; part < P; part++)
-                for (size_t k = 0; k < 4; k++)
-                    g[k] += load(x + i + part * LANES) *
-                            load_part(w, row[k], first + i, part, type);
-        }
+// s[t][k] += row row[k] of w times row t of x, lane by lane, for n rows of x and the columns from
+// begin to end, of which column `first` of w is the 0th; x is in the order of spread(). Four rows
+// of w keep enough loads on their way, and the next four are asked for early: the processor guesses
+// by itself what is read next only within a page of 4 KB.
+WIDE static inline __attribute__((always_inline)) void add_products(
+        vec s[][4], const real *x, size_t ldx, Matrix w, const size_t row[4], size_t first,
+        size_t begin, size_t end, size_t n, enum Type type) {
+    const size_t P = per_word(type);
+    for (size_t i = begin; i < end; i += P * LANES) {
         for (size_t k = 0; k < 4; k++)
-            s[k] += type == Q8
-                ? g[k] * w.scale[row[k] * groups_of(w.ld) + (first + begin) / GROUP] : g[k];
-    }
-    real total[4];
-    add_lanes_of_four(total, s);
-    for (size_t k = 0; k < 4 && j + k < out; k++) {
-        for (size_t i = whole; i < in; i++) total[k] += x[i] * weight(w, j + k, first + i);
-        y[j + k] = (add ? y[j + k] : 0) + total[k];
+            __builtin_prefetch(place(w, row[k] + 4, first + i, type));
+        for (size_t part = 0; part < P; part++) {
+            vec wi[4];
+            for (size_t k = 0; k < 4; k++) wi[k] = load_part(w, row[k], first + i, part, type);
+            for (size_t t = 0; t < n; t++)
+                for (size_t k = 0; k < 4; k++)
+                    s[t][k] += load(x + t * ldx + i + part * LANES) * wi[k];
+        }
     }
 }
 
-// four_rows() for a type known only now.
-WIDE static void rows_of(real *y, const real *x, Matrix w, size_t j, size_t first, size_t in,
-                         size_t out, int add) {
-    if (w.type == F32) four_rows(y, x, w, j, first, in, out, add, F32);
-    else if (w.type == BF16) four_rows(y, x, w, j, first, in, out, add, BF16);
-    else four_rows(y, x, w, j, first, in, out, add, Q8);
+// The most rows of x whose sums with four rows of w fit registers, beside 4 for w and 1 for x.
+enum { FEW = PANEL_VECTORS == 4 ? 6 : 3 };
+
+// y[t][j .. j + 3] (of the `out` that there are) = rows j .. of w times row t of x, or += with
+// `add`, for n <= FEW rows of x and `in` columns of w from `first` on. In Q8 the sum over a group
+// is scaled.
+WIDE static inline __attribute__((always_inline)) void four_rows(
+        real *y, size_t ldy, const real *x, size_t ldx, Matrix w, size_t j, size_t first,
+        size_t in, size_t out, size_t n, int add, enum Type type) {
+    const size_t words = per_word(type) * LANES, whole = in / words * words;
+    size_t row[4];
+    for (size_t k = 0; k < 4; k++) row[k] = j + k < out ? j + k : out - 1;
+    vec s[FEW][4];
+    for (size_t t = 0; t < n; t++)
+        for (size_t k = 0; k < 4; k++) s[t][k] = (vec){ 0 };
+    if (type == Q8)
+        for (size_t begin = 0; begin < whole; begin += GROUP) {
+            const size_t end = whole - begin < GROUP ? whole : begin + GROUP;
+            const float *scale = w.scale + (first + begin) / GROUP;
+            vec g[FEW][4] = { { { 0 } } };
+            add_products(g, x, ldx, w, row, first, begin, end, n, type);
+            for (size_t t = 0; t < n; t++)
+                for (size_t k = 0; k < 4; k++) s[t][k] += g[t][k] * scale[row[k] * groups_of(w.ld)];
+        }
+    else
+        add_products(s, x, ldx, w, row, first, 0, whole, n, type);
+    for (size_t t = 0; t < n; t++) {
+        real total[4];
+        add_lanes_of_four(total, s[t]);
+        for (size_t k = 0; k < 4 && j + k < out; k++) {
+            for (size_t i = whole; i < in; i++)
+                total[k] += x[t * ldx + i] * weight(w, j + k, first + i);
+            y[t * ldy + j + k] = (add ? y[t * ldy + j + k] : 0) + total[k];
+        }
+    }
+}
+
+// four_rows() for a type and a number of rows known only now. Of a narrow type, one row of x at a
+// time.
+WIDE static void rows_of(real *y, size_t ldy, const real *x, size_t ldx, Matrix w, size_t j,
+                         size_t first, size_t in, size_t out, size_t n, int add) {
+#define ROWS(m, type) four_rows(y, ldy, x, ldx, w, j, first, in, out, m, add, type)
+    if (w.type == F32) {
+        switch (n) {
+        case 1: ROWS(1, F32); break;
+        case 2: ROWS(2, F32); break;
+        case 3: ROWS(3, F32); break;
+#if PANEL_VECTORS == 4
+        case 4: ROWS(4, F32); break;
+        case 5: ROWS(5, F32); break;
+        case 6: ROWS(6, F32); break;
+#endif
+        }
+        return;
+    }
+    for (size_t t = 0; t < n; t++, x += ldx, y += ldy)
+        if (w.type == BF16) ROWS(1, BF16); else ROWS(1, Q8);
+#undef ROWS
 }
 
 // Copies n numbers of x to where load_part() wants them: of each P * LANES, those that belong to
@@ -1550,7 +1590,7 @@ static void spread(real *to, const real *x, size_t n, size_t P) {
 
 // y (n, out) = x (n, in) w (out, in)^T, or += with `add`, for few rows: every number of w is used n
 // times only, so what counts is reading it once, in order.
-enum { FEW = 3, FEW_COLS = 4096 };
+enum { FEW_COLS = 4096 };
 WIDE static void few_rows(real *y, size_t ldy, const real *x, size_t ldx, Matrix w,
                           size_t n, size_t in, size_t out, int add) {
     real ready[FEW * FEW_COLS];
@@ -1565,14 +1605,12 @@ WIDE static void few_rows(real *y, size_t ldy, const real *x, size_t ldx, Matrix
         }
         if (!worth_threads(width * out)) {
             for (size_t j = 0; j < out; j += 4)
-                for (size_t t = 0; t < n; t++)
-                    rows_of(y + t * ldy, from + t * ld, w, j, first, width, out, add);
+                rows_of(y, ldy, from, ld, w, j, first, width, out, n, add);
             continue;
         }
         #pragma omp parallel for
         for (size_t j = 0; j < out; j += 4)
-            for (size_t t = 0; t < n; t++)
-                rows_of(y + t * ldy, from + t * ld, w, j, first, width, out, add);
+            rows_of(y, ldy, from, ld, w, j, first, width, out, n, add);
     }
 }
 
@@ -1607,7 +1645,8 @@ enum { MOST_PRODUCTS = 128 };
 static void product_rows(const Product *p, const size_t *end, size_t four) {
     size_t k = 0;
     while (four >= end[k]) k++;
-    rows_of(p[k].y, p[k].x, p[k].w, 4 * (four - (k ? end[k - 1] : 0)), 0, p[k].in, p[k].out, 0);
+    rows_of(p[k].y, 0, p[k].x, 0, p[k].w, 4 * (four - (k ? end[k - 1] : 0)), 0, p[k].in, p[k].out,
+            1, 0);
 }
 
 // n <= MOST_PRODUCTS of them, whose rows the threads share as if they were one: where matrices are

@@ -189,7 +189,7 @@ static void test_matmul(void) {
     for (int i = 0; i < 60; i++)
         test_products(random_size(1, 70), random_size(1, 70), random_size(1, 70),
                       random_size(0, 1) * random_size(1, 9), i % 2);
-    for (size_t n = 1; n < 4; n++)                      // few rows take another way
+    for (size_t n = 1; n <= FEW + 1; n++)               // few rows take another way
         for (size_t in = 1; in < 40; in += 6)
             for (size_t out = 1; out < 8; out++) test_products(n, in, out, 0, out % 2);
 }
@@ -207,17 +207,17 @@ static void test_same_bits(void) {
         matmul_nt(other.x, N, a.x, K, plain(b.x, K), M, K, N, 0);
         check(!memcmp(other.x, c.x, M * N * sizeof(real)),
               "a product with %d threads has other bits", threads);
-        real few[2][2 * N];
-        for (int i = 0; i < 2; i++) {
-            set_threads(i ? threads : 1);
-            matmul_nt(few[i], N, a.x, K, plain(b.x, K), 2, K, N, 0);
-        }
-        check(!memcmp(few[0], few[1], sizeof few[0]),
-              "a product of few rows with %d threads has other bits", threads);
+        real few[FEW * N], one[FEW * N];
+        matmul_nt(few, N, a.x, K, plain(b.x, K), FEW, K, N, 0);
+        set_threads(1);
+        for (size_t t = 0; t < FEW; t++)
+            matmul_nt(one + t * N, N, a.x + t * K, K, plain(b.x, K), 1, K, N, 0);
+        check(!memcmp(few, one, sizeof few),
+              "a product of few rows with %d threads has other bits than one of each", threads);
     }
     set_threads(1);
     for (int i = 0; i < 40; i++) {
-        const size_t row = random_size(0, M - 20), rows = random_size(4, 20),
+        const size_t row = random_size(0, M - 20), rows = random_size(FEW + 1, 20),
                      col = random_size(0, N - 90), cols = random_size(1, 90);
         matmul_nt(other.x, cols, a.x + row * K, K, plain(b.x + col * K, K), rows, K, cols, 0);
         int same = 1;
