@@ -5,8 +5,8 @@
 # make figures    draws the README's figures, after training the demo if there is none yet
 # make debug      run-debug and train-debug, with the address and undefined-behaviour sanitizers
 
-# -O3 unrolls and vectorises; -march=native uses the widest vectors this machine has (leave it out, or
-# name another -march, to build for another machine: make ARCH=). Never -ffast-math: it would let the compiler
+# -O3 unrolls and vectorises; -march=native uses the widest vectors this machine has (make ARCH= builds for
+# any machine of the kind, and is up to two times slower). Never -ffast-math: it would let the compiler
 # reorder sums, and results would depend on how. -fno-math-errno only says that nobody asks errno about
 # sqrt, which may then be a vector instruction.
 CFLAGS ?= -O3 -fno-math-errno

@@ -1078,18 +1078,31 @@ static void model_free(Model *m) {
 // A compiler may not reorder a sum of floats, so a plain loop over one adds one number at a time.
 // Where a sum matters for speed it is written with vectors, the widest that the machine has
 // registers for.
+//
+// A build for any x86-64 may count on 16 bytes only, and on no fused multiply-adds, but nearly all
+// of these machines have more. So it has its WIDE functions twice, and starting it links those that
+// the processor can run: half as fast as a build for AVX-512, and not a fifth. (-DONE_VERSION does
+// without.) The warning, that how a vector is passed to a function depends on the version, concerns
+// no one: only INLINE functions get any.
+
+#if defined(__x86_64__) && !defined(__AVX__) && defined(__GLIBC__) && !defined(ONE_VERSION)
+#if __has_attribute(target_clones)
+#define TWO_VERSIONS
+#pragma GCC diagnostic ignored "-Wpsabi"
+#endif
+#endif
 
 #if defined(__AVX512F__)
-enum { VECTOR_BYTES = 64 };
+#define VECTOR_BYTES 64
 #define PANEL_VECTORS 4         // 32 registers of 64 bytes: see [7] for the 4
-#elif defined(__AVX__)
-enum { VECTOR_BYTES = 32 };
+#elif defined(__AVX__) || defined(TWO_VERSIONS)
+#define VECTOR_BYTES 32
 #define PANEL_VECTORS 2         // 16 registers of 32
 #elif defined(__ARM_NEON)
-enum { VECTOR_BYTES = 16 };
+#define VECTOR_BYTES 16
 #define PANEL_VECTORS 4         // 32 registers of 16
 #else
-enum { VECTOR_BYTES = 16 };
+#define VECTOR_BYTES 16
 #define PANEL_VECTORS 2
 #endif
 enum { LANES = VECTOR_BYTES / sizeof(real) };
@@ -1101,20 +1114,26 @@ typedef uint32_t vec_u32  __attribute__((vector_size(4 * LANES)));
 typedef uint32_t uvec_u32 __attribute__((vector_size(4 * LANES), aligned(1), may_alias));
 typedef float vec_f32     __attribute__((vector_size(4 * LANES)));
 
+// WIDE functions take most of the time; INLINE ones are their insides.
+#if defined(TWO_VERSIONS)
+#define WIDE __attribute__((target_clones("default", "fma")))
+#define INLINE static inline __attribute__((always_inline))
+#elif defined(__clang__) && __has_attribute(min_vector_width)
 // clang would split 64-byte vectors in two, for processors on which they slow down the clock.
-#if defined(__clang__) && __has_attribute(min_vector_width)
 #define WIDE __attribute__((min_vector_width(512)))
+#define INLINE WIDE static inline __attribute__((always_inline))
 #else
 #define WIDE
+#define INLINE static inline __attribute__((always_inline))
 #endif
 
 // LANES numbers from p on.
-static inline vec load(const real *p) { return *(const uvec *)p; }
+INLINE vec load(const real *p) { return *(const uvec *)p; }
 
 // The lanes of a vector added up, always in the same order.
-static inline real add_lanes(vec v) {
+INLINE real add_lanes(const vec *v) {
     real a[LANES];
-    memcpy(a, &v, sizeof a);
+    memcpy(a, v, sizeof a);
     for (int width = LANES / 2; width; width /= 2)
         for (int i = 0; i < width; i++) a[i] += a[i + width];
     return a[0];
@@ -1130,13 +1149,14 @@ WIDE static real dot(const real *x, const real *y, size_t n) {
     }
     real tail = 0;
     for (; i < n; i++) tail += x[i] * y[i];
-    return add_lanes(s0 + s1) + tail;
+    s0 += s1;
+    return add_lanes(&s0) + tail;
 }
 
 // e^x to 2 units in the last place, in a form that the compiler can vectorise (libm's is a call).
 // x = k ln 2 + r with |r| <= ln 2 / 2: e^r is its Taylor series, 2^k is written into the exponent
 // bits. |x| is cut at 87, where float's normal range ends; a NaN stays one.
-static inline real exp_fast(real x) {
+INLINE real exp_fast(real x) {
     if (sizeof(real) == sizeof(double)) return (real)exp((double)x);
     const float magic = 12582912.0f;            // 1.5 * 2^23: adding it rounds to a whole number
     float v = x < -87 ? -87.0f : x > 87 ? 87.0f : (float)x;
@@ -1154,7 +1174,7 @@ static inline real exp_fast(real x) {
 }
 
 // 1 / (1 + e^-x)
-static inline real sigmoid(real x) { return 1 / (1 + exp_fast(-x)); }
+INLINE real sigmoid(real x) { return 1 / (1 + exp_fast(-x)); }
 
 // Whether work of this many operations repays waking the other threads (a few microseconds). Where
 // all are at work already it does not, and there it should not reach a pragma either: OpenMP would
@@ -1189,7 +1209,7 @@ static void rmsnorm(real *y, size_t ldy, real *inverse, const real *x, size_t ld
 
 // The largest of n numbers. LANES of them at a time, because a compiler keeps to the order of a
 // plain loop.
-static real max_of(const real *x, size_t n) {
+WIDE static real max_of(const real *x, size_t n) {
     real lanes[LANES], max = x[0];
     for (int j = 0; j < LANES; j++) lanes[j] = x[0];
     size_t i = 0;
@@ -1207,11 +1227,11 @@ WIDE static real sum_of(const real *x, size_t n) {
     size_t i = 0;
     for (; i + LANES <= n; i += LANES) lanes += load(x + i);
     for (; i < n; i++) tail += x[i];
-    return add_lanes(lanes) + tail;
+    return add_lanes(&lanes) + tail;
 }
 
 // x_i = e^(scale (x_i - max)) / sum, in place; x (n). *total, if wanted: log sum_i e^(scale x_i).
-static void softmax(real *x, size_t n, real scale, real *total) {
+WIDE static void softmax(real *x, size_t n, real scale, real *total) {
     const real max = max_of(x, n);
     for (size_t i = 0; i < n; i++) x[i] = exp_fast(scale * (x[i] - max));
     const real all = sum_of(x, n), inverse = 1 / all;
@@ -1246,7 +1266,7 @@ enum { TILE_ROWS = 6, TILE_COLS = PANEL_VECTORS * LANES, PANEL_DEPTH = 256, AHEA
 // only then do the sums live in registers. The prefetches use the room for loads: c is needed at
 // the end, and rows of b in place follow no pattern that the processor would guess. (Those past b's
 // end are harmless: a prefetch cannot fault.)
-WIDE static inline __attribute__((always_inline)) void tile(
+INLINE void tile(
         real *c, size_t ldc, const real *a, size_t ai, size_t ak, const real *b, size_t ldb,
         size_t depth, int rows, int vectors, int add) {
     vec s[TILE_ROWS][PANEL_VECTORS];
@@ -1305,12 +1325,12 @@ WIDE static void tile_cols(real *c, size_t ldc, const real *a, size_t ai, size_t
 
 // The halves of two vectors, interleaved: a0 b0 a1 b1 ..., and the same from the middle on.
 #if !defined(REAL_IS_FLOAT) || !(defined(__clang__) || __GNUC__ >= 12)
-#elif defined(__AVX512F__)
+#elif VECTOR_BYTES == 64
 #define RIFFLE_LOW(a, b)  __builtin_shufflevector(a, b, \
         0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23)
 #define RIFFLE_HIGH(a, b) __builtin_shufflevector(a, b, \
         8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31)
-#elif defined(__AVX__)
+#elif VECTOR_BYTES == 32
 #define RIFFLE_LOW(a, b)  __builtin_shufflevector(a, b, 0, 8, 1, 9, 2, 10, 3, 11)
 #define RIFFLE_HIGH(a, b) __builtin_shufflevector(a, b, 4, 12, 5, 13, 6, 14, 7, 15)
 #else
@@ -1324,17 +1344,17 @@ WIDE static void tile_cols(real *c, size_t ldc, const real *a, size_t ai, size_t
 // the upper half of a float. A byte of Q8 becomes the lowest bits of one, under an exponent that
 // makes their unit 1: with its sign bit turned over it reads 2^23 + 128 + byte. Where it is the
 // second byte from below, an exponent 8 less saves a shift.
-static inline size_t per_word(enum Type type) { return type == F32 ? 1 : type == BF16 ? 2 : 4; }
+INLINE size_t per_word(enum Type type) { return type == F32 ? 1 : type == BF16 ? 2 : 4; }
 
 // Where column i of a row is. `type` is w.type, here and below a constant where this is inlined.
-static inline const void *place(Matrix w, size_t row, size_t i, enum Type type) {
+INLINE const void *place(Matrix w, size_t row, size_t i, enum Type type) {
     return (const char *)w.data + (row * w.ld + i) *
            (type == F32 ? sizeof(real) : type == BF16 ? sizeof(uint16_t) : sizeof(int8_t));
 }
 
 // Part k of the LANES words of a row that start at column i; in Q8 without the scale, which they
 // share.
-WIDE static inline __attribute__((always_inline)) vec load_part(Matrix w, size_t row, size_t i,
+INLINE vec load_part(Matrix w, size_t row, size_t i,
                                                                 size_t k, enum Type type) {
     if (type == F32) return load(place(w, row, i, type));
     const vec_u32 words = *(const uvec_u32 *)place(w, row, i, type);
@@ -1348,7 +1368,7 @@ WIDE static inline __attribute__((always_inline)) vec load_part(Matrix w, size_t
 }
 
 // The same with the scale.
-WIDE static inline __attribute__((always_inline)) vec load_scaled(Matrix w, size_t row, size_t i,
+INLINE vec load_scaled(Matrix w, size_t row, size_t i,
                                                                   size_t k, enum Type type) {
     const vec x = load_part(w, row, i, k, type);
     return type == Q8 ? x * w.scale[row * groups_of(w.ld) + i / GROUP] : x;
@@ -1358,7 +1378,7 @@ WIDE static inline __attribute__((always_inline)) vec load_scaled(Matrix w, size
 // become rows P apart. Riffling the rows like two halves of a pack of cards, log2(LANES) times,
 // transposes them: every round moves the highest bit of the row's number to the lowest of the
 // column's.
-WIDE static inline __attribute__((always_inline)) void transpose_square(
+INLINE void transpose_square(
         real *panel, Matrix b, size_t row, size_t i, size_t k, enum Type type) {
     const size_t stride = per_word(type) * TILE_COLS;
     vec x[LANES];
@@ -1382,7 +1402,7 @@ WIDE static inline __attribute__((always_inline)) void transpose_square(
 
 // panel[k][j] = b[k0 + k][j0 + j], or of b's transpose, for k < depth, j < cols, in rows of
 // TILE_COLS; 0 from there on, up to a whole vector.
-WIDE static inline __attribute__((always_inline)) void pack_of(
+INLINE void pack_of(
         real *panel, Matrix b, int transposed, size_t k0, size_t j0, size_t depth, size_t cols,
         enum Type type) {
     const size_t whole = (cols + LANES - 1) / LANES * LANES, P = per_word(type);
@@ -1481,7 +1501,7 @@ static void gemm(Gemm g) {
 
 // The lanes of each of four vectors added up. Riffling two vectors and adding the halves makes one
 // vector of their sums, at half the length each.
-WIDE static inline __attribute__((always_inline)) void add_lanes_of_four(real total[4],
+INLINE void add_lanes_of_four(real total[4],
                                                                          const vec s[4]) {
 #ifdef RIFFLE_LOW
     const vec a = RIFFLE_LOW(s[0], s[1]) + RIFFLE_HIGH(s[0], s[1]);
@@ -1493,7 +1513,7 @@ WIDE static inline __attribute__((always_inline)) void add_lanes_of_four(real to
         for (size_t i = 0; i < half; i++) part[i] += part[i + half];
     for (size_t i = 0; i < 4; i++) total[(i * 2 + i / 2) % 4] = part[i];
 #else
-    for (size_t k = 0; k < 4; k++) total[k] = add_lanes(s[k]);
+    for (size_t k = 0; k < 4; k++) total[k] = add_lanes(&s[k]);
 #endif
 }
 
@@ -1501,7 +1521,7 @@ WIDE static inline __attribute__((always_inline)) void add_lanes_of_four(real to
 // begin to end, of which column `first` of w is the 0th; x is in the order of spread(). Four rows
 // of w keep enough loads on their way, and the next four are asked for early: the processor guesses
 // by itself what is read next only within a page of 4 KB.
-WIDE static inline __attribute__((always_inline)) void add_products(
+INLINE void add_products(
         vec s[][4], const real *x, size_t ldx, Matrix w, const size_t row[4], size_t first,
         size_t begin, size_t end, size_t n, enum Type type) {
     const size_t P = per_word(type);
@@ -1524,7 +1544,7 @@ enum { FEW = PANEL_VECTORS == 4 ? 6 : 3 };
 // y[t][j .. j + 3] (of the `out` that there are) = rows j .. of w times row t of x, or += with
 // `add`, for n <= FEW rows of x and `in` columns of w from `first` on. In Q8 the sum over a group
 // is scaled.
-WIDE static inline __attribute__((always_inline)) void four_rows(
+INLINE void four_rows(
         real *y, size_t ldy, const real *x, size_t ldx, Matrix w, size_t j, size_t first,
         size_t in, size_t out, size_t n, int add, enum Type type) {
     const size_t words = per_word(type) * LANES, whole = in / words * words;
@@ -1591,7 +1611,7 @@ static void spread(real *to, const real *x, size_t n, size_t P) {
 // y (n, out) = x (n, in) w (out, in)^T, or += with `add`, for few rows: every number of w is used n
 // times only, so what counts is reading it once, in order.
 enum { FEW_COLS = 4096 };
-WIDE static void few_rows(real *y, size_t ldy, const real *x, size_t ldx, Matrix w,
+static void few_rows(real *y, size_t ldy, const real *x, size_t ldx, Matrix w,
                           size_t n, size_t in, size_t out, int add) {
     real ready[FEW * FEW_COLS];
     size_t width = in, ld = ldx;
@@ -1616,7 +1636,7 @@ WIDE static void few_rows(real *y, size_t ldy, const real *x, size_t ldx, Matrix
 
 // x (in) = w (out, in)^T y (out), or += with `add`, for a narrow type: gemm() would make a panel of
 // floats for a single use.
-WIDE static inline __attribute__((always_inline)) void sum_rows(
+INLINE void sum_rows(
         real *x, const real *y, Matrix w, size_t in, size_t out, int add, enum Type type) {
     const size_t P = per_word(type);
     size_t i = 0;
@@ -2144,7 +2164,7 @@ static void attention_forward(const Model *m, State *s, size_t l, size_t B, size
 // grouped by expert, so that an expert's weights are read once for all tokens that chose it.
 
 // act_i = silu(g_i) u_i, for n numbers
-static void swiglu(real *act, const real *g, const real *u, size_t n) {
+WIDE static void swiglu(real *act, const real *g, const real *u, size_t n) {
     for (size_t i = 0; i < n; i++) act[i] = g[i] * sigmoid(g[i]) * u[i];
 }
 

@@ -615,7 +615,7 @@ static void rmsnorm_backward(real *dx, size_t lddx, const Tensor *dw, const real
         for (; i + LANES <= d; i += LANES)
             lanes += load(w->data + i) * load(dyt + i) * load(xt + i);
         for (; i < d; i++) along += w->data[i] * dyt[i] * xt[i];
-        along = (along + add_lanes(lanes)) * s * s * s / (real)d;
+        along = (along + add_lanes(&lanes)) * s * s * s / (real)d;
         for (i = 0; i < d; i++)
             dxt[i] = (add ? dxt[i] : 0) + (s * w->data[i] * dyt[i] - along * xt[i]);
     }
@@ -845,7 +845,7 @@ static void attention_backward(const Model *m, const Weights *dw, State *s, Grad
 //     silu'(g) = s + g s (1 - s),   s = sigmoid(g)
 // for n rows of f numbers, with a weight each; weight and dweight (n) may be NULL.
 // `restrict`: without the promise that nothing overlaps, the loop would not be vectorised.
-static void swiglu_backward(real *restrict dg, real *restrict du, real *restrict dweight,
+WIDE static void swiglu_backward(real *restrict dg, real *restrict du, real *restrict dweight,
                             real *restrict act, const real *restrict a, const real *restrict g,
                             const real *restrict u, const real *weight, size_t n, size_t f) {
     for (size_t t = 0; t < n; t++) {

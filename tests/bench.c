@@ -59,7 +59,7 @@ WIDE static void multiply_add(const void *of) {
                 for (int j = 0; j < PANEL_VECTORS; j++) s[i][j] = s[i][j] * a + b;
         for (int i = 0; i < TILE_ROWS; i++)
             for (int j = 0; j < PANEL_VECTORS; j++) all += s[i][j];
-        total += add_lanes(all);
+        total += add_lanes(&all);
     }
     sink = total;
 }
@@ -77,7 +77,8 @@ WIDE static void read_block(const void *of) {
         vec s[4] = { { 0 } };
         for (size_t i = 0; i < PIECE; i += 4 * LANES)
             for (size_t j = 0; j < 4; j++) s[j] += load(x + i + j * LANES);
-        total += add_lanes(s[0] + s[1] + s[2] + s[3]);
+        s[0] += s[1] + s[2] + s[3];
+        total += add_lanes(&s[0]);
     }
     sink = total;
 }
