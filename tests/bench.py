@@ -80,7 +80,7 @@ KINDS = {       # what a row measures, by the first word of its name
     "decode": "128 tokens, one by one",
     "context": "decoding after a prompt of 128 and of 4,096 tokens",
     "threads": "speed with all threads over that with one; the share: of what the limits do",
-    "experts": "speed with 64 experts over that with 16, K and f the same",
+    "experts": "speed with 64 experts over that with 16, K and f the same; the share: with 64",
     "chain": "extra time of 2 or 4 iterations over 1, by their extra operations or bytes; same K",
     "startup": "the file in memory: until it has been checked, and until the first token is out",
 }
@@ -451,18 +451,20 @@ def threads(b, what, model):
 
 def speed_of(b, what, model):
     if what == "train":
-        return b.training(model, b.threads).speed.rate
-    return b.running(model, "f32", b.threads)["decode"].rate
+        return b.training(model, b.threads).speed
+    return b.running(model, "f32", b.threads)["decode"]
 
 
 def experts(b, what, few, many):
     speeds = [speed_of(b, what, model) for model in (few, many)]
-    return Figure(speeds[1] / speeds[0], "x", None, "{:,.0f} to {:,.0f}".format(*speeds))
+    share = read_rate(b, many, speeds[1], 80)[1] if what == "decode" else None
+    return Figure(speeds[1].rate / speeds[0].rate, "x", None,
+                  "{:,.0f} to {:,.0f}".format(*(s.rate for s in speeds)), share)
 
 
 def chain(b, what, one, more):
     """How much more time, by how much more work: in decoding that is the bytes that are read."""
-    speeds = [speed_of(b, what, model) for model in (one, more)]
+    speeds = [speed_of(b, what, model).rate for model in (one, more)]
     n = one.sizes().n
     cost = [forward_flops(model, n, n) if what == "train" else token_bytes(model, 80, 4)
             for model in (one, more)]
