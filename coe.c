@@ -1542,31 +1542,32 @@ INLINE void add_products(
 enum { FEW = PANEL_VECTORS == 4 ? 6 : 3 };
 
 // y[t][j .. j + 3] (of the `out` that there are) = rows j .. of w times row t of x, or += with
-// `add`, for n <= FEW rows of x and `in` columns of w from `first` on. In Q8 the sum over a group
-// is scaled.
-INLINE void four_rows(
-        real *y, size_t ldy, const real *x, size_t ldx, Matrix w, size_t j, size_t first,
-        size_t in, size_t out, size_t n, int add, enum Type type) {
+// `add`, for n <= FEW rows of x and `in` columns of w from `first` on. In Q8, where n is 1, the sum
+// over a group is scaled.
+INLINE void four_rows(real *y, size_t ldy, const real *x, size_t ldx, Matrix w, size_t j,
+                      size_t first, size_t in, size_t out, size_t n, int add, enum Type type) {
     const size_t words = per_word(type) * LANES, whole = in / words * words;
     size_t row[4];
     for (size_t k = 0; k < 4; k++) row[k] = j + k < out ? j + k : out - 1;
-    vec s[FEW][4];
+    vec s[FEW][4], g[1][4];
     for (size_t t = 0; t < n; t++)
         for (size_t k = 0; k < 4; k++) s[t][k] = (vec){ 0 };
     if (type == Q8)
         for (size_t begin = 0; begin < whole; begin += GROUP) {
             const size_t end = whole - begin < GROUP ? whole : begin + GROUP;
             const float *scale = w.scale + (first + begin) / GROUP;
-            vec g[FEW][4] = { { { 0 } } };
+            for (size_t k = 0; k < 4; k++) g[0][k] = (vec){ 0 };
             add_products(g, x, ldx, w, row, first, begin, end, n, type);
-            for (size_t t = 0; t < n; t++)
-                for (size_t k = 0; k < 4; k++) s[t][k] += g[t][k] * scale[row[k] * groups_of(w.ld)];
+            for (size_t k = 0; k < 4; k++) s[0][k] += g[0][k] * scale[row[k] * groups_of(w.ld)];
         }
     else
         add_products(s, x, ldx, w, row, first, 0, whole, n, type);
+    vec sums[FEW][4];           // clang would not keep s in registers if it were used below
+    for (size_t t = 0; t < n; t++)
+        for (size_t k = 0; k < 4; k++) sums[t][k] = s[t][k];
     for (size_t t = 0; t < n; t++) {
         real total[4];
-        add_lanes_of_four(total, s[t]);
+        add_lanes_of_four(total, sums[t]);
         for (size_t k = 0; k < 4 && j + k < out; k++) {
             for (size_t i = whole; i < in; i++)
                 total[k] += x[t * ldx + i] * weight(w, j + k, first + i);
@@ -1575,26 +1576,25 @@ INLINE void four_rows(
     }
 }
 
-// four_rows() for a type and a number of rows known only now. Of a narrow type, one row of x at a
-// time.
-WIDE static void rows_of(real *y, size_t ldy, const real *x, size_t ldx, Matrix w, size_t j,
-                         size_t first, size_t in, size_t out, size_t n, int add) {
-#define ROWS(m, type) four_rows(y, ldy, x, ldx, w, j, first, in, out, m, add, type)
-    if (w.type == F32) {
-        switch (n) {
-        case 1: ROWS(1, F32); break;
-        case 2: ROWS(2, F32); break;
-        case 3: ROWS(3, F32); break;
+// four_rows() of one row of x, for a type known only now.
+WIDE static void rows_of(real *y, const real *x, Matrix w, size_t j, size_t first, size_t in,
+                         size_t out, int add) {
+    if (w.type == F32) four_rows(y, 0, x, 0, w, j, first, in, out, 1, add, F32);
+    else if (w.type == BF16) four_rows(y, 0, x, 0, w, j, first, in, out, 1, add, BF16);
+    else four_rows(y, 0, x, 0, w, j, first, in, out, 1, add, Q8);
+}
+
+// Four rows of w in y = x w^T, which is what the job says (a Gemm), for 2 to FEW rows of x at once.
+WIDE static void rows_at_once(const void *job, size_t four) {
+    const Gemm *g = job;
+#define ROWS(m) case m: \
+    four_rows(g->c, g->ldc, g->a, g->ai, g->b, 4 * four, 0, g->K, g->N, m, g->add, F32); break;
+    switch (g->M) {
+        ROWS(2) ROWS(3)
 #if PANEL_VECTORS == 4
-        case 4: ROWS(4, F32); break;
-        case 5: ROWS(5, F32); break;
-        case 6: ROWS(6, F32); break;
+        ROWS(4) ROWS(5) ROWS(6)
 #endif
-        }
-        return;
     }
-    for (size_t t = 0; t < n; t++, x += ldx, y += ldy)
-        if (w.type == BF16) ROWS(1, BF16); else ROWS(1, Q8);
 #undef ROWS
 }
 
@@ -1625,12 +1625,14 @@ static void few_rows(real *y, size_t ldy, const real *x, size_t ldx, Matrix w,
         }
         if (!worth_threads(width * out)) {
             for (size_t j = 0; j < out; j += 4)
-                rows_of(y, ldy, from, ld, w, j, first, width, out, n, add);
+                for (size_t t = 0; t < n; t++)
+                    rows_of(y + t * ldy, from + t * ld, w, j, first, width, out, add);
             continue;
         }
         #pragma omp parallel for
         for (size_t j = 0; j < out; j += 4)
-            rows_of(y, ldy, from, ld, w, j, first, width, out, n, add);
+            for (size_t t = 0; t < n; t++)
+                rows_of(y + t * ldy, from + t * ld, w, j, first, width, out, add);
     }
 }
 
@@ -1665,8 +1667,7 @@ enum { MOST_PRODUCTS = 128 };
 static void product_rows(const Product *p, const size_t *end, size_t four) {
     size_t k = 0;
     while (four >= end[k]) k++;
-    rows_of(p[k].y, 0, p[k].x, 0, p[k].w, 4 * (four - (k ? end[k - 1] : 0)), 0, p[k].in, p[k].out,
-            1, 0);
+    rows_of(p[k].y, p[k].x, p[k].w, 4 * (four - (k ? end[k - 1] : 0)), 0, p[k].in, p[k].out, 0);
 }
 
 // n <= MOST_PRODUCTS of them, whose rows the threads share as if they were one: where matrices are
@@ -1691,8 +1692,10 @@ static void products(const Product *p, size_t n) {
 // y (n, out) = x (n, in) w (out, in)^T
 static void matmul_nt(real *y, size_t ldy, const real *x, size_t ldx, Matrix w,
                       size_t n, size_t in, size_t out, int add) {
-    if (n <= FEW) few_rows(y, ldy, x, ldx, w, n, in, out, add);
-    else gemm((Gemm){ y, ldy, x, ldx, 1, w, 1, n, out, in, add, 0, 0, 0, 0 });
+    const Gemm g = { y, ldy, x, ldx, 1, w, 1, n, out, in, add, 0, 0, 0, 0 };
+    if (n > FEW) gemm(g);
+    else if (n > 1 && w.type == F32) share_out(rows_at_once, &g, (out + 3) / 4, in * out);
+    else few_rows(y, ldy, x, ldx, w, n, in, out, add);
 }
 
 // x (n, in) = y (n, out) w (out, in)
