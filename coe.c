@@ -1177,19 +1177,19 @@ INLINE real exp_fast(real x) {
 INLINE real sigmoid(real x) { return 1 / (1 + exp_fast(-x)); }
 
 // Whether work of this many operations repays waking the other threads (a few microseconds). Where
-// all are at work already it does not, and there it should not reach a pragma either: OpenMP would
-// make a team of one, which takes longer than a small product.
+// all are at work already it does not.
 static int worth_threads(size_t operations) { return operations > 20000 && !at_work(); }
+
+// SHARED(operations, for (...) { ... }) is the loop, on all threads if that is worth it. If not, it
+// does not reach the pragma: OpenMP would make a team of one, which takes longer than a small loop.
+#define SHARED(operations, ...) \
+    if (worth_threads(operations)) { _Pragma("omp parallel for") __VA_ARGS__ } \
+    else { __VA_ARGS__ }
 
 // Calls piece(job, i) for all i < n, on all threads if the operations are worth it.
 static void share_out(void (*piece)(const void *job, size_t i), const void *job, size_t n,
                       size_t operations) {
-    if (!worth_threads(operations)) {
-        for (size_t i = 0; i < n; i++) piece(job, i);
-        return;
-    }
-    #pragma omp parallel for
-    for (size_t i = 0; i < n; i++) piece(job, i);
+    SHARED(operations, for (size_t i = 0; i < n; i++) piece(job, i);)
 }
 
 // y_i = w_i x_i / rms,  1 / rms = (mean_j x_j^2 + eps)^(-1/2)
@@ -1197,14 +1197,13 @@ static void share_out(void (*piece)(const void *job, size_t i), const void *job,
 static void rmsnorm(real *y, size_t ldy, real *inverse, const real *x, size_t ldx, const Tensor *w,
                     size_t n, real eps) {
     const size_t d = w->cols;
-    #pragma omp parallel for if (worth_threads(n * d))
-    for (size_t t = 0; t < n; t++) {
+    SHARED(n * d, for (size_t t = 0; t < n; t++) {
         const real *xt = x + t * ldx;
         real *yt = y + t * ldy;
         real scale = 1 / (real)sqrt(dot(xt, xt, d) / (real)d + eps);
         for (size_t i = 0; i < d; i++) yt[i] = w->data[i] * (xt[i] * scale);
         if (inverse) inverse[t] = scale;
-    }
+    })
 }
 
 // The largest of n numbers. LANES of them at a time, because a compiler keeps to the order of a
@@ -1623,16 +1622,10 @@ static void few_rows(real *y, size_t ldy, const real *x, size_t ldx, Matrix w,
                 spread(ready + t * FEW_COLS, x + t * ldx + first, width, per_word(w.type));
             from = ready, ld = FEW_COLS;
         }
-        if (!worth_threads(width * out)) {
-            for (size_t j = 0; j < out; j += 4)
-                for (size_t t = 0; t < n; t++)
-                    rows_of(y + t * ldy, from + t * ld, w, j, first, width, out, add);
-            continue;
-        }
-        #pragma omp parallel for
-        for (size_t j = 0; j < out; j += 4)
+        SHARED(width * out, for (size_t j = 0; j < out; j += 4) {
             for (size_t t = 0; t < n; t++)
                 rows_of(y + t * ldy, from + t * ld, w, j, first, width, out, add);
+        })
     }
 }
 
@@ -1678,12 +1671,7 @@ static void products(const Product *p, size_t n) {
         end[k] = all += (p[k].out + 3) / 4;
         work += p[k].in * p[k].out;
     }
-    if (!worth_threads(work)) {
-        for (size_t four = 0; four < all; four++) product_rows(p, end, four);
-        return;
-    }
-    #pragma omp parallel for
-    for (size_t four = 0; four < all; four++) product_rows(p, end, four);
+    SHARED(work, for (size_t four = 0; four < all; four++) product_rows(p, end, four);)
 }
 
 // The three forms, n rows of activations each; += instead of = with `add`. An argument ld... is the
@@ -2133,14 +2121,13 @@ static void attention_forward(const Model *m, State *s, size_t l, size_t B, size
     for (size_t b = 0; b < parts; b++)
         rmsnorm(a->latent + (b * stride + pos) * (R + dr), R + dr, a->inverse_kv + b * n,
                 a->kv_a + b * n * (R + dr), R + dr, &w->kv_a_layernorm, T / parts, latent_eps);
-    #pragma omp parallel for if (worth_threads(T * H * dr))
-    for (size_t t = 0; t < T; t++) {
+    SHARED(T * H * dr, for (size_t t = 0; t < T; t++) {
         const size_t position = pos + t % n;
         real *k_rot = a->latent + (t / n * stride + position) * (R + dr) + R;
         memcpy(k_rot, a->kv_a + t * (R + dr) + R, dr * sizeof(real));
         rope(k_rot, s, position, dr, 1);
         for (size_t h = 0; h < H; h++) rope(a->q + (t * H + h) * dq + dn, s, position, dr, 1);
-    }
+    })
     if (pos == 0 && n > 1) {
         for (size_t b = 0; b < parts; b++)
             matmul_nt(a->kv + b * n * H * dkv, H * dkv, a->latent + b * stride * (R + dr), R + dr,
@@ -2150,8 +2137,7 @@ static void attention_forward(const Model *m, State *s, size_t l, size_t B, size
         attend_cached(c, s, a, &w->kv_b_proj, B, n, stride, pos);
     }
     linear(a->mid, a->heads, &w->o_proj, 0, &w->o_bias, T);
-    #pragma omp parallel for if (worth_threads(T * d))
-    for (size_t i = 0; i < T * d; i++) a->mid[i] += a->x[i];
+    SHARED(T * d, for (size_t i = 0; i < T * d; i++) a->mid[i] += a->x[i];)
 }
 
 // ---- [10] the chain of experts ------------------------------------------------------------------
@@ -2173,12 +2159,7 @@ WIDE static void swiglu(real *act, const real *g, const real *u, size_t n) {
 
 // The same for n rows of f numbers.
 static void swiglu_rows(real *act, const real *g, const real *u, size_t n, size_t f) {
-    if (!worth_threads(n * f)) {
-        for (size_t t = 0; t < n; t++) swiglu(act + t * f, g + t * f, u + t * f, f);
-        return;
-    }
-    #pragma omp parallel for
-    for (size_t t = 0; t < n; t++) swiglu(act + t * f, g + t * f, u + t * f, f);
+    SHARED(n * f, for (size_t t = 0; t < n; t++) swiglu(act + t * f, g + t * f, u + t * f, f);)
 }
 
 // out (n, d) = down(silu(gate x) * up x) for x (n, d), with copy e of the three stacks; g = gate x,
@@ -2240,11 +2221,10 @@ static void choose(int *expert, real *weight, const real *s, const Config *c) {
 static void route(const Config *c, Iteration *i, const Layer *w, size_t t, size_t T) {
     const size_t E = c->n_routed_experts, K = c->num_experts_per_tok;
     linear(i->score, i->x, &w->gate, c->use_igate ? t : 0, NULL, T);
-    #pragma omp parallel for if (worth_threads(T * E * K))
-    for (size_t k = 0; k < T; k++) {
+    SHARED(T * E * K, for (size_t k = 0; k < T; k++) {
         softmax(i->score + k * E, E, 1, NULL);
         choose(i->expert + k * K, i->weight + k * K, i->score + k * E, c);
-    }
+    })
     memset(i->start, 0, (E + 1) * sizeof(int));
     for (size_t k = 0; k < T * K; k++) i->start[i->expert[k] + 1]++;
     for (size_t e = 0; e < E; e++) i->start[e + 1] += i->start[e];
@@ -2334,12 +2314,12 @@ static void ffn_forward(const Model *m, State *s, Iteration *i, size_t l, size_t
     } else {
         for (size_t e = 0; e < E; e++) expert_forward(s, i, w, e);
     }
-    #pragma omp parallel for if (worth_threads(T * K * d))
-    for (size_t k = 0; k < T; k++)
+    SHARED(T * K * d, for (size_t k = 0; k < T; k++) {
         for (size_t j = k * K; j < (k + 1) * K; j++) {  // in the order of choice: no thread decides
             const real *y = s->returned + (size_t)i->slot[j] * d, weight = i->weight[j];
             for (size_t e = 0; e < d; e++) i->ffn[k * d + e] += weight * y[e];
         }
+    })
 }
 
 // out (T, d) = the chain of layer l on y_0 = rmsnorm(mid):
@@ -2360,13 +2340,13 @@ static void chain_forward(const Model *m, State *s, size_t l, real *out, size_t 
         const real *chain_weight = m->coe_weights && t > 0 ? at(&w->coe_weights, t - 1) : NULL;
         const int inner = !m->coe_weights && c->inner_residual;
         const int outer = t + 1 == C && c->outer_residual;
-        #pragma omp parallel for if (worth_threads(T * d))
-        for (size_t k = 0; k < T; k++)
+        SHARED(T * d, for (size_t k = 0; k < T; k++) {
             for (size_t e = k * d; e < (k + 1) * d; e++) {
                 real v = chain_weight ? i->x[e] + chain_weight[e - k * d] * i->ffn[e]
                                       : i->ffn[e] + (inner ? i->x[e] : 0);
                 y[e] = v + (outer ? a->mid[e] : 0);
             }
+        })
     }
 }
 

@@ -657,9 +657,9 @@ static double score(Run *r, size_t index, size_t n, size_t skip) {
         const size_t predicted = index + first + rows < r->n_tokens ? rows : rows - 1;
         logits_forward(&r->model, &r->state, r->logits, first, rows);
         if (logits_output.file) fwrite(r->logits, sizeof(real), rows * V, logits_output.file);
-        #pragma omp parallel for if (worth_threads(rows * V))
-        for (size_t i = 0; i < predicted; i++)
+        SHARED(rows * V, for (size_t i = 0; i < predicted; i++) {
             loss[i] = cross_entropy(r->logits + i * V, V, target[i]);
+        })
         for (size_t i = 0; i < predicted; i++) {
             if (!isfinite(loss[i])) not_finite(r, index + first + i);
             nats += loss[i];

@@ -588,13 +588,12 @@ enum { COLUMN_BLOCK = 32 };
 // of the sum is fixed.
 static void add_rows(real *dw, const real *dy, size_t ldy, const real *x, size_t ldx,
                      const real *scale, size_t n, size_t d) {
-    #pragma omp parallel for if (worth_threads(n * d))
-    for (size_t block = 0; block < d; block += COLUMN_BLOCK) {
+    SHARED(n * d, for (size_t block = 0; block < d; block += COLUMN_BLOCK) {
         const size_t end = block + COLUMN_BLOCK < d ? block + COLUMN_BLOCK : d;
         for (size_t t = 0; t < n; t++)
             for (size_t i = block; i < end; i++)
                 dw[i] += x ? dy[t * ldy + i] * (x[t * ldx + i] * scale[t]) : dy[t * ldy + i];
-    }
+    })
 }
 
 // y_i = w_i x_i s,   s = (mean_j x_j^2 + eps)^(-1/2)
@@ -605,8 +604,7 @@ static void rmsnorm_backward(real *dx, size_t lddx, const Tensor *dw, const real
                              const real *inverse, const real *x, size_t ldx, const Tensor *w,
                              size_t n, int add) {
     const size_t d = w->cols;
-    #pragma omp parallel for if (worth_threads(n * d))
-    for (size_t t = 0; t < n; t++) {
+    SHARED(n * d, for (size_t t = 0; t < n; t++) {
         const real *xt = x + t * ldx, *dyt = dy + t * lddy, s = inverse[t];
         real *dxt = dx + t * lddx;
         vec lanes = { 0 };
@@ -618,7 +616,7 @@ static void rmsnorm_backward(real *dx, size_t lddx, const Tensor *dw, const real
         along = (along + add_lanes(&lanes)) * s * s * s / (real)d;
         for (i = 0; i < d; i++)
             dxt[i] = (add ? dxt[i] : 0) + (s * w->data[i] * dyt[i] - along * xt[i]);
-    }
+    })
     add_rows(dw->data, dy, lddy, x, ldx, inverse, n, d);
 }
 
@@ -804,16 +802,15 @@ static void attention_backward(const Model *m, const Weights *dw, State *s, Grad
     // kv = kv_b_proj c, whose rows lie in the latent at stride R + dr
     matmul_nn(g->dlatent, R, g->dkv, H * dkv, matrix(&w->kv_b_proj, 0, 0), T, R, H * dkv, 0);
     matmul_tn(dl->kv_b_proj.data, R, g->dkv, H * dkv, a->latent, R + dr, T, R, H * dkv, 1);
-    #pragma omp parallel for if (worth_threads(T * H * dr))
-    for (size_t t = 0; t < T; t++) {        // a rotation's transpose is the rotation back
+    SHARED(T * H * dr, for (size_t t = 0; t < T; t++) {
         real *dk = g->dkv_a + t * (R + dr) + R;
         memset(dk, 0, dr * sizeof(real));
         for (size_t h = 0; h < H; h++) {
             for (size_t i = 0; i < dr; i++) dk[i] += g->dk_rot[(t * H + h) * dr + i];
             rope(g->dq + (t * H + h) * (dn + dr) + dn, s, t % n, dr, -1);
         }
-        rope(dk, s, t % n, dr, -1);
-    }
+        rope(dk, s, t % n, dr, -1);         // a rotation's transpose is the rotation back
+    })
     rmsnorm_backward(g->dkv_a, R + dr, &dl->kv_a_layernorm, g->dlatent, R, a->inverse_kv,
                      a->kv_a, R + dr, &w->kv_a_layernorm, T, 0);
     if (r) {
@@ -843,23 +840,21 @@ static void attention_backward(const Model *m, const Weights *dw, State *s, Grad
 // act = weight silu(g) u and, for a the gradient of act before the weight was on it,
 //     du = weight a silu(g),   dg = weight a u silu'(g),   dweight = a . silu(g) u
 //     silu'(g) = s + g s (1 - s),   s = sigmoid(g)
-// for n rows of f numbers, with a weight each; weight and dweight (n) may be NULL.
+// for a row of f numbers and its weight; weight and dweight may be NULL, for 1.
 // `restrict`: without the promise that nothing overlaps, the loop would not be vectorised.
 WIDE static void swiglu_backward(real *restrict dg, real *restrict du, real *restrict dweight,
-                            real *restrict act, const real *restrict a, const real *restrict g,
-                            const real *restrict u, const real *weight, size_t n, size_t f) {
-    for (size_t t = 0; t < n; t++) {
-        const real k = weight ? weight[t] : 1;
-        for (size_t i = t * f; i < (t + 1) * f; i++) {
-            const real s = sigmoid(g[i]), silu = g[i] * s, d = k * a[i];
-            act[i] = silu * u[i];
-            du[i] = d * silu;
-            dg[i] = d * u[i] * (s + silu * (1 - s));
-        }
-        if (!weight) continue;
-        dweight[t] = dot(a + t * f, act + t * f, f);
-        for (size_t i = t * f; i < (t + 1) * f; i++) act[i] *= k;
+                                 real *restrict act, const real *restrict a, const real *restrict g,
+                                 const real *restrict u, const real *weight, size_t f) {
+    const real k = weight ? *weight : 1;
+    for (size_t i = 0; i < f; i++) {
+        const real s = sigmoid(g[i]), silu = g[i] * s, d = k * a[i];
+        act[i] = silu * u[i];
+        du[i] = d * silu;
+        dg[i] = d * u[i] * (s + silu * (1 - s));
     }
+    if (!weight) return;
+    *dweight = dot(a, act, f);
+    for (size_t i = 0; i < f; i++) act[i] *= k;
 }
 
 // One swiglu network: y = weight * down(act), act = silu(g) u, g = gate x, u = up x, where weight
@@ -876,14 +871,10 @@ static void feed_forward_backward(real *dx, real *dweight, const Tensor *dw[3], 
                                   const Tensor *w[3], size_t e, size_t n, int add) {
     const size_t f = w[0]->rows, d = w[0]->cols;
     matmul_nn(dact, f, dy, d, matrix(w[2], e, 0), n, f, d, 0);
-    if (weight || !worth_threads(n * f)) {      // with weights it is one of many experts
-        swiglu_backward(dg, du, dweight, act, dact, gate, up, weight, n, f);
-    } else {
-        #pragma omp parallel for
-        for (size_t t = 0; t < n; t++)
-            swiglu_backward(dg + t * f, du + t * f, NULL, act + t * f, dact + t * f, gate + t * f,
-                            up + t * f, NULL, 1, f);
-    }
+    SHARED(n * f, for (size_t t = 0; t < n; t++) {
+        swiglu_backward(dg + t * f, du + t * f, weight ? dweight + t : NULL, act + t * f,
+                        dact + t * f, gate + t * f, up + t * f, weight ? weight + t : NULL, f);
+    })
     linear_backward(NULL, dw[2], NULL, dy, act, w[2], e, n, 0);
     linear_backward(dx, dw[0], NULL, dg, x, w[0], e, n, add);
     linear_backward(dx, dw[1], NULL, du, x, w[1], e, n, 1);
@@ -928,8 +919,7 @@ static double route_backward(const Config *c, Gradients *g, real *dx, const Iter
     const double loss = balance(g->dscore, c, i, B, n, share);
     const int normalised = c->norm_topk_prob && K > 1;
     const real factor = (real)c->routed_scaling_factor;
-    #pragma omp parallel for if (worth_threads(T * E))
-    for (size_t k = 0; k < T; k++) {
+    SHARED(T * E, for (size_t k = 0; k < T; k++) {
         const real *score = i->score + k * E, *weight = i->weight + k * K;
         const real *dweight = g->dweight + k * K;
         const int *expert = i->expert + k * K;
@@ -943,7 +933,7 @@ static double route_backward(const Config *c, Gradients *g, real *dx, const Iter
                 dscore[expert[j]] += normalised ? (dweight[j] - along) / total
                                                 : dweight[j] * factor;
         softmax_backward(dscore, score, E);
-    }
+    })
     const size_t router = c->use_igate ? t : 0;
     matmul_nn(dx, d, g->dscore, E, matrix(&w->gate, router, 0), T, d, E, 1);
     matmul_tn(at(&dl->gate, router), d, g->dscore, E, i->x, d, T, d, E, 1);
@@ -990,13 +980,13 @@ static double ffn_backward(const Model *m, const Weights *dw, State *s, Gradient
                               g->row_weight + first, i->g + first * f, i->u + first * f,
                               w3, e, rows, 0);
     }
-    #pragma omp parallel for if (worth_threads(T * K * d))
-    for (size_t k = 0; k < T; k++)
+    SHARED(T * K * d, for (size_t k = 0; k < T; k++) {
         for (size_t j = k * K; j < (k + 1) * K; j++) {
             const real *from = g->dinput + (size_t)i->slot[j] * d;
             for (size_t e = 0; e < d; e++) dx[k * d + e] += from[e];
             g->dweight[j] = g->drow_weight[i->slot[j]];
         }
+    })
     return route_backward(c, g, dx, i, w, dl, t, B, n, share);
 }
 
@@ -1017,8 +1007,7 @@ static double chain_backward(const Model *m, const Weights *dw, State *s, Gradie
         const int inner = upcycled || (!m->coe_weights && c->inner_residual);
         const real *v = upcycled ? at(&w->coe_weights, t - 1) : NULL;
         real *dv = upcycled ? at(&dl->coe_weights, t - 1) : NULL;
-        #pragma omp parallel for if (worth_threads(T * d))
-        for (size_t block = 0; block < d; block += COLUMN_BLOCK) {
+        SHARED(T * d, for (size_t block = 0; block < d; block += COLUMN_BLOCK) {
             const size_t end = block + COLUMN_BLOCK < d ? block + COLUMN_BLOCK : d;
             for (size_t k = 0; k < T; k++)
                 for (size_t e = block; e < end; e++) {
@@ -1026,7 +1015,7 @@ static double chain_backward(const Model *m, const Weights *dw, State *s, Gradie
                     g->dffn[k * d + e] = v ? v[e] * dy : dy;
                     if (dv) dv[e] += dy * i->ffn[k * d + e];
                 }
-        }
+        })
         if (!inner) memset(g->dx, 0, T * d * sizeof(real));
         loss += ffn_backward(m, dw, s, g, g->dx, g->dffn, l, t, B, n, share);
     }
@@ -1053,13 +1042,12 @@ static double loss_of(const Model *m, const Weights *dw, State *s, Gradients *g,
         phase(HEAD);
         const real *x = s->final + first * d;
         matmul_nt(g->logits, ld, x, d, lm_head, rows, d, V, 0);
-        #pragma omp parallel for if (worth_threads(rows * V))
-        for (size_t t = 0; t < rows; t++) {
+        SHARED(rows * V, for (size_t t = 0; t < rows; t++) {
             real *z = g->logits + t * ld;
             row_loss[t] = cross_entropy(z, V, targets[first + t]);      // z is p now
             z[targets[first + t]] -= 1;
             for (size_t i = 0; dw && i < V; i++) z[i] *= (real)scale;
-        }
+        })
         for (size_t t = 0; t < rows; t++) total += row_loss[t];
         phase(BACKWARD + HEAD);
         if (!dw) continue;
