@@ -1611,7 +1611,7 @@ static void spread(real *to, const real *x, size_t n, size_t P) {
 // times only, so what counts is reading it once, in order.
 enum { FEW_COLS = 4096 };
 static void few_rows(real *y, size_t ldy, const real *x, size_t ldx, Matrix w,
-                          size_t n, size_t in, size_t out, int add) {
+                     size_t n, size_t in, size_t out, int add) {
     real ready[FEW * FEW_COLS];
     size_t width = in, ld = ldx;
     for (size_t first = 0; first < in; first += width, add = 1) {
@@ -1631,8 +1631,8 @@ static void few_rows(real *y, size_t ldy, const real *x, size_t ldx, Matrix w,
 
 // x (in) = w (out, in)^T y (out), or += with `add`, for a narrow type: gemm() would make a panel of
 // floats for a single use.
-INLINE void sum_rows(
-        real *x, const real *y, Matrix w, size_t in, size_t out, int add, enum Type type) {
+INLINE void sum_rows(real *x, const real *y, Matrix w, size_t in, size_t out, int add,
+                     enum Type type) {
     const size_t P = per_word(type);
     size_t i = 0;
     for (; i + P * LANES <= in; i += P * LANES) {
@@ -1687,8 +1687,8 @@ static void matmul_nt(real *y, size_t ldy, const real *x, size_t ldx, Matrix w,
 }
 
 // x (n, in) = y (n, out) w (out, in)
-static void matmul_nn(real *x, size_t ldx, const real *y, size_t ldy, Matrix w,
-                      size_t n, size_t in, size_t out, int add) {
+WIDE static void matmul_nn(real *x, size_t ldx, const real *y, size_t ldy, Matrix w,
+                           size_t n, size_t in, size_t out, int add) {
     if (n > FEW || w.type == F32)
         gemm((Gemm){ x, ldx, y, ldy, 1, w, 0, n, in, out, add, 0, 0, 0, 0 });
     else
