@@ -1265,9 +1265,8 @@ enum { TILE_ROWS = 6, TILE_COLS = PANEL_VECTORS * LANES, PANEL_DEPTH = 256, AHEA
 // only then do the sums live in registers. The prefetches use the room for loads: c is needed at
 // the end, and rows of b in place follow no pattern that the processor would guess. (Those past b's
 // end are harmless: a prefetch cannot fault.)
-INLINE void tile(
-        real *c, size_t ldc, const real *a, size_t ai, size_t ak, const real *b, size_t ldb,
-        size_t depth, int rows, int vectors, int add) {
+INLINE void tile(real *c, size_t ldc, const real *a, size_t ai, size_t ak, const real *b,
+                 size_t ldb, size_t depth, int rows, int vectors, int add) {
     vec s[TILE_ROWS][PANEL_VECTORS];
     for (int i = 0; i < rows; i++)
         for (int j = 0; j < vectors; j++) {
@@ -1353,8 +1352,7 @@ INLINE const void *place(Matrix w, size_t row, size_t i, enum Type type) {
 
 // Part k of the LANES words of a row that start at column i; in Q8 without the scale, which they
 // share.
-INLINE vec load_part(Matrix w, size_t row, size_t i,
-                                                                size_t k, enum Type type) {
+INLINE vec load_part(Matrix w, size_t row, size_t i, size_t k, enum Type type) {
     if (type == F32) return load(place(w, row, i, type));
     const vec_u32 words = *(const uvec_u32 *)place(w, row, i, type);
     const vec_u32 low = k < 2 ? words : words >> 16;
@@ -1367,8 +1365,7 @@ INLINE vec load_part(Matrix w, size_t row, size_t i,
 }
 
 // The same with the scale.
-INLINE vec load_scaled(Matrix w, size_t row, size_t i,
-                                                                  size_t k, enum Type type) {
+INLINE vec load_scaled(Matrix w, size_t row, size_t i, size_t k, enum Type type) {
     const vec x = load_part(w, row, i, k, type);
     return type == Q8 ? x * w.scale[row * groups_of(w.ld) + i / GROUP] : x;
 }
@@ -1377,8 +1374,8 @@ INLINE vec load_scaled(Matrix w, size_t row, size_t i,
 // become rows P apart. Riffling the rows like two halves of a pack of cards, log2(LANES) times,
 // transposes them: every round moves the highest bit of the row's number to the lowest of the
 // column's.
-INLINE void transpose_square(
-        real *panel, Matrix b, size_t row, size_t i, size_t k, enum Type type) {
+INLINE void transpose_square(real *panel, Matrix b, size_t row, size_t i, size_t k,
+                             enum Type type) {
     const size_t stride = per_word(type) * TILE_COLS;
     vec x[LANES];
     for (size_t j = 0; j < LANES; j++) x[j] = load_scaled(b, row + j, i, k, type);
@@ -1401,9 +1398,8 @@ INLINE void transpose_square(
 
 // panel[k][j] = b[k0 + k][j0 + j], or of b's transpose, for k < depth, j < cols, in rows of
 // TILE_COLS; 0 from there on, up to a whole vector.
-INLINE void pack_of(
-        real *panel, Matrix b, int transposed, size_t k0, size_t j0, size_t depth, size_t cols,
-        enum Type type) {
+INLINE void pack_of(real *panel, Matrix b, int transposed, size_t k0, size_t j0, size_t depth,
+                    size_t cols, enum Type type) {
     const size_t whole = (cols + LANES - 1) / LANES * LANES, P = per_word(type);
     if (!transposed) {
         for (size_t k = 0; k < depth; k++) {
@@ -1500,8 +1496,7 @@ static void gemm(Gemm g) {
 
 // The lanes of each of four vectors added up. Riffling two vectors and adding the halves makes one
 // vector of their sums, at half the length each.
-INLINE void add_lanes_of_four(real total[4],
-                                                                         const vec s[4]) {
+INLINE void add_lanes_of_four(real total[4], const vec s[4]) {
 #ifdef RIFFLE_LOW
     const vec a = RIFFLE_LOW(s[0], s[1]) + RIFFLE_HIGH(s[0], s[1]);
     const vec b = RIFFLE_LOW(s[2], s[3]) + RIFFLE_HIGH(s[2], s[3]);
@@ -1520,9 +1515,8 @@ INLINE void add_lanes_of_four(real total[4],
 // begin to end, of which column `first` of w is the 0th; x is in the order of spread(). Four rows
 // of w keep enough loads on their way, and the next four are asked for early: the processor guesses
 // by itself what is read next only within a page of 4 KB.
-INLINE void add_products(
-        vec s[][4], const real *x, size_t ldx, Matrix w, const size_t row[4], size_t first,
-        size_t begin, size_t end, size_t n, enum Type type) {
+INLINE void add_products(vec s[][4], const real *x, size_t ldx, Matrix w, const size_t row[4],
+                         size_t first, size_t begin, size_t end, size_t n, enum Type type) {
     const size_t P = per_word(type);
     for (size_t i = begin; i < end; i += P * LANES) {
         for (size_t k = 0; k < 4; k++)
@@ -1607,8 +1601,8 @@ static void spread(real *to, const real *x, size_t n, size_t P) {
     for (; i < n; i++) to[i] = x[i];
 }
 
-// y (n, out) = x (n, in) w (out, in)^T, or += with `add`, for few rows: every number of w is used n
-// times only, so what counts is reading it once, in order.
+// y (n, out) = x (n, in) w (out, in)^T, or += with `add`, for one row, or n <= FEW with a w of a
+// narrow type: every number of w is used n times only, so what counts is reading it in order.
 enum { FEW_COLS = 4096 };
 static void few_rows(real *y, size_t ldy, const real *x, size_t ldx, Matrix w,
                      size_t n, size_t in, size_t out, int add) {

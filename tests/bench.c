@@ -43,24 +43,26 @@ static void measure_rate(void (*work)(const void *of), const void *of, double am
 
 enum { ROUNDS = 1 << 20 };
 
-// Every thread: ROUNDS fused multiply-adds on each of as many numbers as tile() in coe.c [7] holds
-// in registers, which is enough to hide that each waits for itself.
-WIDE static void multiply_add(const void *of) {
-    const real factor = *(const real *)of;
+// ROUNDS fused multiply-adds on each of as many numbers as tile() in coe.c [7] holds in registers,
+// which is enough to hide that each waits for itself.
+WIDE static real multiply_add_rounds(real factor) {
+    vec s[TILE_ROWS][PANEL_VECTORS], a = { 0 }, b = { 0 }, all = { 0 };
+    a += factor, b += 1 - factor;
+    for (int i = 0; i < TILE_ROWS; i++)
+        for (int j = 0; j < PANEL_VECTORS; j++) s[i][j] = a + (real)(i + j);
+    for (int k = 0; k < ROUNDS; k++)
+        for (int i = 0; i < TILE_ROWS; i++)
+            for (int j = 0; j < PANEL_VECTORS; j++) s[i][j] = s[i][j] * a + b;
+    for (int i = 0; i < TILE_ROWS; i++)
+        for (int j = 0; j < PANEL_VECTORS; j++) all += s[i][j];
+    return add_lanes(&all);
+}
+
+// The same in every thread.
+static void multiply_add(const void *of) {
     real total = 0;
     #pragma omp parallel reduction(+:total)
-    {
-        vec s[TILE_ROWS][PANEL_VECTORS], a = { 0 }, b = { 0 }, all = { 0 };
-        a += factor, b += 1 - factor;
-        for (int i = 0; i < TILE_ROWS; i++)
-            for (int j = 0; j < PANEL_VECTORS; j++) s[i][j] = a + (real)(i + j);
-        for (int k = 0; k < ROUNDS; k++)
-            for (int i = 0; i < TILE_ROWS; i++)
-                for (int j = 0; j < PANEL_VECTORS; j++) s[i][j] = s[i][j] * a + b;
-        for (int i = 0; i < TILE_ROWS; i++)
-            for (int j = 0; j < PANEL_VECTORS; j++) all += s[i][j];
-        total += add_lanes(&all);
-    }
+    total += multiply_add_rounds(*(const real *)of);
     sink = total;
 }
 
