@@ -3,12 +3,15 @@
 # make test       everything that can be tested on this machine
 # make bench      measure speed against what the machine can do: see the top of tests/bench.py
 # make figures    draws the README's figures, after training the demo if there is none yet
+# make plain      run-plain and train-plain, which compute with the plain loops printed in coe.c [4]
+# make single     build/run-single.c and build/train-single.c: each program as one file
 # make debug      run-debug and train-debug, with the address and undefined-behaviour sanitizers
+# make plain-debug  the plain loops for a debugger: not optimised, one thread, with the sanitizers
 
-# -O3 unrolls and vectorises; -march=native uses the widest vectors this machine has (make ARCH= builds for
-# any machine of the kind, and is up to two times slower). Never -ffast-math: it would let the compiler
-# reorder sums, and results would depend on how. -fno-math-errno only says that nobody asks errno about
-# sqrt, which may then be a vector instruction.
+# -O3 unrolls and vectorises; -march=native uses the widest vectors this machine has (make ARCH=
+# builds for any machine of the kind, and is up to two times slower). Never -ffast-math: it would let
+# the compiler reorder sums, and results would depend on how. -fno-math-errno only says that nobody
+# asks errno about sqrt, which may then be a vector instruction.
 CFLAGS ?= -O3 -fno-math-errno
 ARCH   ?= -march=native
 # Each program uses a part of coe.c, and a compiler without OpenMP does not know its pragmas.
@@ -18,22 +21,42 @@ PEER_PYTHON ?= $(PYTHON)
 
 # OpenMP where the compiler has it (make OPENMP= goes without).
 OPENMP ?= $(shell echo 'int main(void){return 0;}' | $(CC) -fopenmp -x c - -o /dev/null 2>/dev/null && echo -fopenmp)
-PLAIN   = $(CC) $(WARN) $(CFLAGS) $(ARCH)
-BUILD   = $(PLAIN) $(OPENMP)
+SERIAL  = $(CC) $(WARN) $(CFLAGS) $(ARCH)
+BUILD   = $(SERIAL) $(OPENMP)
 SANITIZE = $(CC) $(WARN) -O1 -g -fsanitize=address,undefined -fno-sanitize-recover=undefined
+SOURCES = coe.c $(wildcard lib/*.h)
 
 all: run train
 	@echo "built run and train with $(CC), $(if $(OPENMP),OpenMP,one thread: no OpenMP)"
 
-run: run.c coe.c
+run: run.c $(SOURCES)
 	$(BUILD) -o $@ run.c -lm
 
-train: train.c coe.c
+train: train.c $(SOURCES)
 	$(BUILD) -o $@ train.c -lm
 
+plain: run-plain train-plain
+%-plain: %.c $(SOURCES)
+	$(BUILD) -DPLAIN -o $@ $< -lm
+
 debug: run-debug train-debug
-%-debug: %.c coe.c
+%-debug: %.c $(SOURCES)
 	$(SANITIZE) $(OPENMP) -o $@ $< -lm
+
+plain-debug: run-plain-debug train-plain-debug
+%-plain-debug: %.c $(SOURCES)
+	$(SANITIZE) -O0 -DPLAIN -o $@ $< -lm
+
+# Every #include "..." is replaced, the first time, by what it includes.
+SINGLE = awk 'function emit(file,   line, part) { \
+	    while ((getline line < file) > 0) \
+	        if (line !~ /^\#include "/) print line; \
+	        else { split(line, part, "\""); if (!seen[part[2]]++) emit(part[2]) } } \
+	BEGIN { emit(ARGV[1]) }'
+single: build/run-single.c build/train-single.c
+build/%-single.c: %.c $(SOURCES)
+	@mkdir -p build
+	$(SINGLE) $< > $@
 
 demo: run train
 	./train -o demo.bin --log demo.tsv
@@ -60,18 +83,19 @@ build/figures/ready: tests/requirements-figures.txt
 	touch $@
 
 test: run train
-	CC="$(CC)" PLAIN="$(PLAIN)" BUILD="$(BUILD)" SANITIZE="$(SANITIZE)" $(PYTHON) tests/run_all.py
+	CC="$(CC)" SERIAL="$(SERIAL)" BUILD="$(BUILD)" SANITIZE="$(SANITIZE)" $(PYTHON) tests/run_all.py
 
 bench bench-quick: run train build/bench
 	$(PYTHON) tests/bench.py $(if $(findstring quick,$@),--quick) $(if $(ONLY),--only "$(ONLY)") \
 		$(if $(TSV),--tsv "$(TSV)") $(if $(PEER),--peer "$(PEER)" --peer_python "$(PEER_PYTHON)")
 
-build/bench: tests/bench.c train.c coe.c
+build/bench: tests/bench.c train.c $(SOURCES)
 	@mkdir -p build
 	$(BUILD) -o $@ $< -lm
 
+PROGRAMS = run train
 clean:
-	rm -f run train run-debug train-debug demo.bin demo.tsv
+	rm -f $(PROGRAMS) $(PROGRAMS:=-plain) $(PROGRAMS:=-debug) $(PROGRAMS:=-plain-debug) demo.bin demo.tsv
 	rm -rf build
 
-.PHONY: all debug demo figures test bench bench-quick clean
+.PHONY: all plain debug plain-debug single demo figures test bench bench-quick clean

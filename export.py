@@ -8,43 +8,839 @@
     python export.py model.bin CHECKPOINT_DIR                         and a checkpoint again
     python export.py CONFIG.json model.bin --init SEED                a fresh model
     python export.py model.bin small.bin [--dtype q8]                 no training state, other type
+    python export.py old.bin new.bin                                  version 1 becomes version 2
     python export.py DEEPSEEK_V2_DIR model.bin --upcycle 2            DeepSeek-V2 becomes a CoE
 
-model.bin, little-endian, every part and every tensor at a multiple of 64 bytes:
+model.bin, version 2, little-endian; every part and every tensor begins at a multiple of 64 bytes:
 
     +--------------------+  0
-    | header             |  128 slots of 8 bytes: "COE1" and the version, then SLOTS in [2]
-    +--------------------+  1024
+    | header             |  "COE1", version, CRC-32 of all that follows it, sizes: HEADER of [4]
+    +--------------------+  64
+    | config             |  UTF-8, a line "name value" for each key of [1], zeros to 64
+    +--------------------+  + config_bytes
     | embedded files     |  each: name[56], u64 bytes, the bytes as they were, zeros to 64
     +--------------------+  + files_bytes
-    | tokenizer          |  tables of a byte-level BPE, see [4]; nothing for bytes and for none
+    | tokenizer          |  the tables of a byte-level BPE, see [9]; nothing for bytes and none
     +--------------------+  + tokenizer_bytes
-    | weights            |  tensors() in [3]; the experts of a layer are one block, so are its gates
+    | weights            |  tensors() of [2]; the experts of a layer are one block, so are its gates
     +--------------------+  file_bytes - state_bytes
-    | training state     |  train's own: never written here, never read
+    | training state     |  belongs to ./train: never written here, never read
     +--------------------+  file_bytes
 
-Three sources (a checkpoint, a model.bin, random numbers) and two targets (a model.bin, a
-checkpoint) meet in tensors(): a target walks over it and asks its source for some rows at a time.
+A source (a checkpoint, a model.bin, random numbers) has a config, and gives some rows of any of its
+tensors. A target (a model.bin, a checkpoint) walks over the tensors in its own order and asks a
+source for some rows at a time, which is all that is in memory. Read [1] to [4] for how a checkpoint
+becomes a model.bin; the rest serves those, or is another way through them.
 
-Contents: [1] errors and files   [2] config   [3] tensors       [4] tokenizer
-          [5] sources            [6] targets  [7] command line  [8] patterns
+    [1] config                 [5] the way back: model.bin to a checkpoint     [9]  tokenizers
+    [2] tensors                [6] fresh models, upcycled models               [10] patterns
+    [3] reading a checkpoint   [7] the command line
+    [4] writing model.bin      [8] checks, errors and files
 """
-import argparse, base64, contextlib, json, math, os, re, shutil, signal, struct, sys, time
-import unicodedata, zlib
+import argparse, base64, contextlib, functools, json, math, os, re, shutil, signal, struct, sys
+import time, unicodedata, zlib
 from typing import NamedTuple
 
 try:
-    import ml_dtypes                        # teaches numpy bfloat16
+    import ml_dtypes                    # teaches numpy bfloat16
     import numpy as np
     from safetensors import safe_open
-except ImportError as e:
-    sys.exit(f"export: {e}; what is needed: pip install numpy safetensors ml_dtypes")
+    MISSING = None
+except ImportError as e:                # --help and read_header() do without; main() says so
+    MISSING = f"{e}; what is needed: pip install numpy safetensors ml_dtypes"
 
-np.seterr(all="ignore")                     # a NaN among the weights stays one, without a warning
+
+# ---- [1] config ---------------------------------------------------------------------------------
+# A model has the keys of CONFIG, a row each, under the names they have in a checkpoint's files. C
+# has the same rows in the same order: config_keys in lib/config.h.
+
+INT, NUM, BOOL = "INT", "NUM", "BOOL"
+NULL = True
+ROPE = "rope_scaling."                  # a nested object, here with a dot in its keys' names
+CONFIG_JSON = "config.json"
+GENERATION, SETTINGS = "generation_config.json", "tokenizer_config.json"
 
 
-# ---- [1] errors and files ---------------------------------------------------------------------
+class Key(NamedTuple):
+    """A row of CONFIG."""
+    name: str
+    kind: object                # INT, NUM, BOOL, or a tuple of the words that are allowed
+    least: float = 0            # the range of an INT or a NUM
+    most: float = 0
+    default: object = ...       # the value where the key is missing; ... where it must be there.
+                                # A number below the range says that the model has none
+    null: bool = False          # whether null is allowed; it means the same as a missing key
+    file: str = CONFIG_JSON     # the file that has the key; "": found out from the others
+
+
+CONFIG = [Key(*row) for row in (
+    # name                      kind  least   most   default null
+    ("vocab_size",              INT,  1,      2**24),                       # V
+    ("hidden_size",             INT,  1,      2**16),                       # d
+    ("intermediate_size",       INT,  1,      2**20),                       # I, of dense layers
+    ("moe_intermediate_size",   INT,  1,      2**20, 1),                    # f
+    ("num_hidden_layers",       INT,  1,      2**12),                       # L
+    ("num_attention_heads",     INT,  1,      2**12),                       # H
+    ("n_shared_experts",        INT,  1,      2**10, 0,      NULL),         # S
+    ("n_routed_experts",        INT,  1,      2**14, 0,      NULL),         # E
+    ("num_experts_per_tok",     INT,  1,      2**14, 1),                    # K
+    ("kv_lora_rank",            INT,  1,      2**16),                       # R
+    ("q_lora_rank",             INT,  1,      2**16, 0,      NULL),         # r
+    ("qk_nope_head_dim",        INT,  1,      2**16),                       # dn
+    ("qk_rope_head_dim",        INT,  2,      2**16),                       # dr
+    ("v_head_dim",              INT,  1,      2**16),                       # dv
+    ("inner_iter",              INT,  1,      2**10),                       # C
+    ("inner_residual",          BOOL, 0,      1,     True),
+    ("outer_residual",          BOOL, 0,      1,     False),
+    ("use_igate",               BOOL, 0,      1),
+    ("topk_method",             ("greedy", "group_limited_greedy")),
+    ("n_group",                 INT,  1,      2**14, 1,      NULL),
+    ("topk_group",              INT,  1,      2**14, 1,      NULL),
+    ("norm_topk_prob",          BOOL, 0,      1,     False),
+    ("routed_scaling_factor",   NUM,  -1e9,   1e9,   1.0),
+    ("first_k_dense_replace",   INT,  0,      2**12, 0),
+    ("moe_layer_freq",          INT,  1,      2**12, 1),
+    ("aux_loss_alpha",          NUM,  0,      1e9,   0.001),
+    ("seq_aux",                 BOOL, 0,      1,     True),
+    ("rms_norm_eps",            NUM,  1e-30,  1,     1e-6),
+    ("rope_theta",              NUM,  1e-30,  1e30,  10000.0),
+    (ROPE + "type",             (None, "linear", "yarn"), 0, 0, None, NULL),
+    (ROPE + "factor",           NUM,  1e-30,  1e9,   1.0),
+    (ROPE + "original_max_position_embeddings", INT, 1, 2**30, 4096),
+    (ROPE + "beta_fast",        NUM,  1e-30,  1e9,   32.0),
+    (ROPE + "beta_slow",        NUM,  1e-30,  1e9,   1.0),
+    (ROPE + "mscale",           NUM,  -1e9,   1e9,   1.0),
+    (ROPE + "mscale_all_dim",   NUM,  -1e9,   1e9,   0.0),
+    ("max_position_embeddings", INT,  1,      2**30),
+    ("attention_bias",          BOOL, 0,      1,     False),
+    ("tie_word_embeddings",     BOOL, 0,      1,     False),
+    ("initializer_range",       NUM,  0,      1e9,   0.02),
+    ("bos_token_id",            INT,  0,      2**24, -1,     NULL),
+    ("eos_token_id",            INT,  0,      2**24, -1,     NULL),
+    ("torch_dtype",             ("float32", "bfloat16"), 0, 0, "float32"),
+    ("temperature",             NUM,  0,      1e9,   -1.0,   False, GENERATION),
+    ("top_k",                   INT,  0,      2**24, -1,     False, GENERATION),
+    ("top_p",                   NUM,  0,      1,     -1.0,   False, GENERATION),
+    ("min_p",                   NUM,  0,      1,     -1.0,   False, GENERATION),
+    ("repetition_penalty",      NUM,  1e-30,  1e9,   -1.0,   False, GENERATION),
+    ("add_bos_token",           BOOL, 0,      1,     False,  False, SETTINGS),
+    ("chat_template",           ("none", "deepseek_v2"), 0, 0, "none", False, ""),
+)]
+STORED = [Key(*row) for row in (        # what only a model.bin says
+    ("weight_type",             ("f32", "bf16", "q8")),         # of matrices; all else is f32
+    ("tokenizer",               ("none", "bytes", "bpe")),
+    ("coe_weights",             BOOL),                          # whether it is an upcycled model
+)]
+KEYS = {key.name: key for key in STORED + CONFIG}   # in the order of model.bin
+DEEPSEEK = {"inner_iter": 1, "inner_residual": False, "outer_residual": True, "use_igate": False}
+
+
+class Config(dict):
+    """{key: value} for all of KEYS, with values as JSON has them; c.name is c["name"]."""
+    __getattr__ = dict.__getitem__
+
+
+# ---- [2] tensors --------------------------------------------------------------------------------
+
+class Tensor(NamedTuple):
+    """One tensor of a model, or several of one shape that lie one behind the other."""
+    name: str           # as in a checkpoint; {} stands for the number of the copy
+    copies: int
+    shape: tuple        # of one copy
+    kind: str           # one of those below. Only a MATRIX may be stored narrower than in float32
+
+
+MATRIX, GATE, NORM, BIAS, COE = "matrix", "gate", "norm", "bias", "coe_weights"
+
+
+def tensors(c):
+    """Every Tensor of the model with this config, in the order of model.bin. No other place names
+    them. A tensor that a model does not have has 0 copies in the table, and is left out."""
+    V, d, H, I = c.vocab_size, c.hidden_size, c.num_attention_heads, c.intermediate_size
+    dn, dr, dv = c.qk_nope_head_dim, c.qk_rope_head_dim, c.v_head_dim
+    r, R, f = c.q_lora_rank, c.kv_lora_rank, c.moe_intermediate_size
+    E, S, C = c.n_routed_experts, c.n_shared_experts, c.inner_iter
+    bias, own_gates, coe = c.attention_bias, c.use_igate, c.coe_weights
+
+    yield Tensor("model.embed_tokens.weight", 1, (V, d), MATRIX)
+    for l in range(c.num_hidden_layers):
+        moe = E > 0 and l >= c.first_k_dense_replace and l % c.moe_layer_freq == 0
+        for name, copies, shape, kind in (
+            ("input_layernorm.weight",              1,              (d,),           NORM),
+            ("self_attn.q_proj.weight",             r == 0,         (H*(dn+dr), d), MATRIX),
+            ("self_attn.q_a_proj.weight",           r > 0,          (r, d),         MATRIX),
+            ("self_attn.q_a_proj.bias",             r > 0 and bias, (r,),           BIAS),
+            ("self_attn.q_a_layernorm.weight",      r > 0,          (r,),           NORM),
+            ("self_attn.q_b_proj.weight",           r > 0,          (H*(dn+dr), r), MATRIX),
+            ("self_attn.kv_a_proj_with_mqa.weight", 1,              (R+dr, d),      MATRIX),
+            ("self_attn.kv_a_proj_with_mqa.bias",   bias,           (R+dr,),        BIAS),
+            ("self_attn.kv_a_layernorm.weight",     1,              (R,),           NORM),
+            ("self_attn.kv_b_proj.weight",          1,              (H*(dn+dv), R), MATRIX),
+            ("self_attn.o_proj.weight",             1,              (d, H*dv),      MATRIX),
+            ("self_attn.o_proj.bias",               bias,           (d,),           BIAS),
+            ("post_attention_layernorm.weight",     1,              (d,),           NORM),
+            ("mlp.gate.{}.weight",                  moe*own_gates*C, (E, d),        GATE),
+            ("mlp.gate.weight",                     moe > own_gates, (E, d),        GATE),
+            ("mlp.experts.{}.gate_proj.weight",     moe*E,          (f, d),         MATRIX),
+            ("mlp.experts.{}.up_proj.weight",       moe*E,          (f, d),         MATRIX),
+            ("mlp.experts.{}.down_proj.weight",     moe*E,          (d, f),         MATRIX),
+            ("mlp.shared_experts.gate_proj.weight", moe and S > 0,  (f*S, d),       MATRIX),
+            ("mlp.shared_experts.up_proj.weight",   moe and S > 0,  (f*S, d),       MATRIX),
+            ("mlp.shared_experts.down_proj.weight", moe and S > 0,  (d, f*S),       MATRIX),
+            ("mlp.coe_weights.{}",                  moe*coe*(C-1),  (d,),           COE),
+            ("mlp.gate_proj.weight",                not moe,        (I, d),         MATRIX),
+            ("mlp.up_proj.weight",                  not moe,        (I, d),         MATRIX),
+            ("mlp.down_proj.weight",                not moe,        (d, I),         MATRIX),
+        ):
+            if copies:
+                yield Tensor(f"model.layers.{l}." + name, int(copies), shape, kind)
+    yield Tensor("model.norm.weight", 1, (d,), NORM)
+    if not c.tie_word_embeddings:
+        yield Tensor("lm_head.weight", 1, (V, d), MATRIX)
+
+
+# ---- [3] reading a checkpoint -------------------------------------------------------------------
+
+TYPES = {"F32": "<f4", "BF16": "bfloat16", "F16": "<f2"}        # of safetensors, and of numpy
+
+
+class Checkpoint:
+    """A source: a folder with config.json, safetensors files and maybe a tokenizer. All but the
+    weights is read and checked at once. Every source has
+        .path                       for messages
+        .config                     a Config
+        .files                      {name: bytes} of what travels inside a model.bin as it is
+        .tokenizer_section          bytes: the tokenizer's tables in a model.bin
+        .read(tensor, copy, rows)   an array: these rows, a slice, of one copy of a Tensor"""
+
+    def __init__(self, folder):
+        self.path = folder
+        path = os.path.join(folder, CONFIG_JSON)
+        self.config = c = config_from_json(read_json(path), path)
+        self.tokenizer_section = read_tokenizer(folder, c)
+        self.places = {}        # name -> open file, its path, type, shape, where its bytes begin
+        for path, names in shards(folder):
+            self.places |= places_in(path, names)
+        c["coe_weights"] = any(".mlp.coe_weights." in name for name in self.places)
+        check_together(c, folder)
+        check_tensors(self)
+        self.files = {}
+        for name in FILES:
+            path = os.path.join(folder, name)
+            if os.path.lexists(path):
+                with open_file(path) as f:
+                    self.files[name] = f.read()
+        c |= defaults_in(self.files, folder)
+
+    def read(self, t, copy, rows):
+        name, _, first = self.locate(t, copy)
+        f, path, dtype, _, start = self.places[name]
+        rows = slice(first + rows.start, first + rows.stop)
+        return rows_at(f, path, start, np.dtype(TYPES[dtype]), rows, t.shape[1:])
+
+    def locate(self, t, copy):
+        """Where a copy of a tensor is: (name in the checkpoint, shape of that, the copy's first
+        row). The experts of a layer may be fused into one tensor [E, rows, cols], in which
+        gate_proj's rows come before up_proj's."""
+        before, experts, part = t.name.partition("experts.{}.")
+        down = part.startswith("down")
+        fused = before + "experts." + ("down_proj" if down else "gate_up_proj")
+        if not experts or fused not in self.places:
+            return t.name.format(copy), t.shape, 0
+        rows, cols = t.shape
+        if down:
+            return fused, (t.copies, rows, cols), copy * rows
+        return fused, (t.copies, 2 * rows, cols), (2 * copy + part.startswith("up")) * rows
+
+
+def config_from_json(config, where):
+    """The Config of what a config.json holds. Refuses by name what is not computed, and warns of
+    keys that are not known."""
+    config = with_old_names(config, where)
+    check_computed(config, where)
+    if config["model_type"] == "deepseek_v2":
+        config |= DEEPSEEK
+    c = Config(weight_type="f32", tokenizer="none", coe_weights=False)
+    for key in CONFIG:
+        value = config.get(key.name, ...) if key.file == CONFIG_JSON else ...
+        c[key.name] = check(key, value, where)
+    check_together(c, where)
+    return c
+
+
+# ---- [4] writing model.bin ----------------------------------------------------------------------
+
+HEADER = struct.Struct("<4sIII6Q")      # "COE1", version, CRC-32, 0, SIZES, 0
+SIZES = "file_bytes", "config_bytes", "files_bytes", "tokenizer_bytes", "state_bytes"
+SUMMED = 12             # the CRC-32 is that of the bytes from this one on
+MOST_CONFIG = 2**20     # what config_bytes may be at most
+GROUP = 64              # in q8, so many neighbours in a row share a scale
+
+
+def write_model_bin(source, path, weight_type):
+    """Writes a model.bin whose matrices have this type."""
+    c = Config(source.config, weight_type=weight_type)
+    config = "".join(f"{name} {to_text(key, c[name])}\n" for name, key in KEYS.items())
+    files = [padded(struct.pack("<56sQ", name.encode(), len(data)) + data)
+             for name, data in source.files.items()]
+    parts = padded(config.encode()), b"".join(files), source.tokenizer_section
+    *places, (_, file_bytes) = layout(c, HEADER.size + sum(map(len, parts)))
+    header = HEADER.pack(b"COE1", 2, 0, 0, file_bytes, *map(len, parts), 0, 0)
+
+    folder, name = os.path.split(os.path.realpath(path))       # a link stays a link
+    if not os.path.isdir(folder):
+        die(path, f"cannot be written: there is no folder {folder}")
+    with new_files(folder, [name], file_bytes) as (file,):
+        note(describe(c))
+        progress, f = Progress("written", file_bytes), Summing(file)
+        file.write(header[:SUMMED])
+        f.write(header[SUMMED:] + b"".join(parts))
+        for t, start in places:
+            f.write(bytes(start - f.tell()))
+            for copy in range(t.copies):
+                write_copy(f, source, t, copy, stored_as(t, weight_type), progress)
+        f.write(bytes(file_bytes - f.tell()))
+        file.seek(8)
+        file.write(struct.pack("<I", f.crc))
+        progress.add(0, last=True)
+
+
+def write_copy(f, source, t, copy, kind, progress):
+    """Writes one copy of a tensor, a block of rows at a time, as numbers of this type; int8 stands
+    for q8."""
+    scales = []
+    for rows in blocks(t):
+        x = source.read(t, copy, rows)
+        if kind == np.int8:
+            x, scale = quantise(x)
+            if not np.isfinite(scale).all():                   # where x has NaN or infinity
+                die(source.path, f"tensor {t.name.format(copy)} has weights that are not finite, "
+                    "q8 cannot hold them")
+            scales.append(scale)
+        write_array(f, x.astype(kind, copy=False), progress)
+    if scales:
+        f.write(bytes(-f.tell() % 64))
+        for scale in scales:
+            write_array(f, scale, progress)
+        f.write(bytes(-f.tell() % 64))
+
+
+def write_array(f, array, progress):
+    f.write(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)
+    progress.add(array.nbytes)
+
+
+def to_text(key, value):
+    """A value as it stands in a line of model.bin's config, which is how ./train's options are
+    written: a bare word, true, false, null, or a number with as few digits as read back the same.
+    Generation defaults are never null: -1 says that there is none."""
+    value = None if is_null(key, value) else value
+    return value if isinstance(value, str) else json.dumps(value).removesuffix(".0")
+
+
+class Summing:
+    """A file that is being written, and the CRC-32 of what went through here."""
+    def __init__(self, file):
+        self.file, self.tell, self.crc = file, file.tell, 0
+
+    def write(self, data):
+        self.crc = zlib.crc32(data, self.crc)
+        self.file.write(data)
+
+
+def layout(c, start):
+    """(tensor, where it begins) for each tensor of a model.bin whose weights begin at start; in the
+    end (None, where they end)."""
+    for t in tensors(c):
+        yield t, start
+        start = aligned(start + t.copies * copy_bytes(t, c.weight_type))
+    yield None, start
+
+
+def stored_as(t, weight_type):
+    """The numpy type of a tensor where matrices have this type. int8 stands for q8."""
+    kinds = {"f32": "<f4", "bf16": "bfloat16", "q8": "i1"}
+    return np.dtype(kinds[weight_type] if t.kind == MATRIX else "<f4")
+
+
+def copy_bytes(t, weight_type):
+    """The bytes of one copy of a tensor. In q8 that is its int8 and then its scales, each padded to
+    a multiple of 64."""
+    kind, size = stored_as(t, weight_type), math.prod(t.shape)
+    if kind != np.int8:
+        return size * kind.itemsize
+    rows, cols = t.shape
+    return aligned(size) + aligned(4 * rows * -(-cols // GROUP))
+
+
+def aligned(n):
+    return (n + 63) // 64 * 64
+
+
+def padded(data):
+    return data + bytes(-len(data) % 64)
+
+
+def blocks(t):
+    """The rows of a copy as slices of about a million numbers. One of them is in memory at a time,
+    and fits the processor's cache."""
+    step = max(1, 2**20 // math.prod(t.shape[1:]))
+    return [slice(i, min(i + step, t.shape[0])) for i in range(0, t.shape[0], step)]
+
+
+# ---- [5] the way back: model.bin to a checkpoint ------------------------------------------------
+
+class Header(NamedTuple):
+    """What read_header() finds."""
+    config: Config
+    crc: int                # None in version 1, which has none
+    start: int              # where the embedded files begin; the tokenizer and the weights follow
+    files_bytes: int
+    tokenizer_bytes: int
+    state_bytes: int
+
+
+def read_header(f, path):
+    """The Header of an open model.bin of version 1 or 2. It is checked, and against the file's size
+    too. What is not: the CRC-32, and whether the weights fill what is left. Needs nothing but
+    Python."""
+    data, size = f.read(HEADER.size), os.fstat(f.fileno()).st_size
+    if data[:4] != b"COE1":
+        die(path, f"starts with {data[:8]!r}, a model.bin starts with COE1"
+            + (" (a config.json needs --init SEED)" if data[:1] == b"{" else ""))
+    if len(data) < HEADER.size:
+        die(path, f"has {len(data)} bytes, the header alone must have {HEADER.size}")
+    _, version, crc, zero, *sizes, last = HEADER.unpack(data)
+    if version == 1:                    # all of its header but the sizes is config
+        crc, zero, last = None, 0, 0
+        sizes = list(struct.unpack_from("<4Q", data, 8))
+        sizes.insert(1, VERSION_1_BYTES - HEADER.size)
+    elif version != 2:
+        die(path, f"version is {version}, this program reads versions 1 and 2")
+    if zero or last:
+        die(path, f"what is reserved in its header is {zero} and {last}, must be 0")
+    if sizes[0] != size:
+        die(path, f"has {size} bytes, its header says {sizes[0]}")
+    for name, value in zip(SIZES[1:], sizes[1:]):
+        most = min(size - HEADER.size, MOST_CONFIG if name == "config_bytes" else size)
+        if value % 64 or value > most:
+            die(path, f"{name} is {value}, must be a multiple of 64 up to {most}")
+    config = f.read(sizes[1])
+    c = config_of_lines(config, path) if version == 2 else config_of_slots(data[40:] + config, path)
+    check_together(c, path)
+    if (c.tokenizer == "bpe") != (sizes[3] > 0):
+        die(path, f"tokenizer is {c.tokenizer}, but tokenizer_bytes {sizes[3]}")
+    return Header(c, crc, HEADER.size + sizes[1], *sizes[2:])
+
+
+def config_of_lines(data, path):
+    """The Config of version 2, from the lines of a model.bin."""
+    text = data.rstrip(b"\0")
+    if not text.endswith(b"\n") or padded(text) != data:
+        die(path, f"its config ends in {data[-16:]!r}, must end in a newline and zeros up to a "
+            "multiple of 64")
+    try:
+        lines = text.decode().split("\n")[:-1]
+    except UnicodeDecodeError as e:
+        die(path, f"byte {HEADER.size + e.start}, in its config, is 0x{text[e.start]:02x}, must be "
+            "UTF-8")
+    c = Config()
+    for number, line in enumerate(lines, 1):
+        name, blank, value = line.partition(" ")
+        where = f"line {number} of its config"
+        if not blank:
+            die(path, f"{where} is {line[:80]!r}, must be a key, a blank and a value")
+        if name not in KEYS:
+            die(path, f"{where} has the key {name[:80]!r}, which this program does not know")
+        if name in c:
+            die(path, f"{where} has the key {name}, which is there twice, must be there once")
+        c[name] = from_text(KEYS[name], value, path)
+    for name, key in KEYS.items():
+        if name not in c and name in VERSION_1:
+            die(path, f"{name} is missing in its config")
+        c.setdefault(name, key.default)
+    return c
+
+
+def from_text(key, text, where):
+    """The value of a key from what to_text() makes of it."""
+    value = {"true": True, "false": False, "null": None}.get(text, text)
+    if key.kind == INT and re.fullmatch("-?[0-9]{1,18}", text):
+        value = int(text)
+    if key.kind == NUM and re.fullmatch(r"-?[0-9]{1,99}(\.[0-9]{0,99})?(e[-+]?[0-9]{1,3})?", text):
+        value = float(text)
+    return check_stored(key, value, where)
+
+
+def check_stored(key, value, where):
+    """check() for a value in a model.bin, where it may also be the key's default."""
+    if type(value) is type(key.default) and value == key.default:
+        return value
+    return check(key, value, where)
+
+
+class ModelBin:
+    """A source: a model.bin whose parts add up to its size, to the byte, and that has the CRC-32
+    its header says."""
+
+    def __init__(self, path):
+        self.path, self.file = path, open_file(path)
+        self.config, crc, start, files, tokenizer, state = read_header(self.file, path)
+        size = os.fstat(self.file.fileno()).st_size
+        self.starts = {}                                       # a tensor's name -> where it begins
+        for t, at in layout(self.config, start + files + tokenizer):
+            if not t or at > size:                             # not through a million layers
+                break
+            self.starts[t.name] = at
+        if at + state != size:
+            die(path, f"has {size} bytes, its header adds up to {at + state}"
+                + " or more" * (t is not None))
+        if crc is not None:
+            check_crc(self.file, path, size, crc)
+        self.files = dict(self.embedded(bytes_at(self.file, path, start, files)))
+        self.tokenizer_section = bytes_at(self.file, path, start + files, tokenizer)
+
+    def embedded(self, section):
+        """(name, bytes) of each embedded file. A name is one of FILES, never a path."""
+        at = 0
+        while at < len(section):
+            name, size = struct.unpack_from("<56sQ", section, at)
+            name = name.rstrip(b"\0").decode(errors="replace")
+            if name not in FILES:
+                die(self.path, f"embedded file {name!r} must be one of {', '.join(FILES)}")
+            if size > len(section) - at - 64:
+                die(self.path, f"embedded file {name} has {size} bytes, more than its section")
+            yield name, section[at + 64 : at + 64 + size]
+            at = aligned(at + 64 + size)
+
+    def read(self, t, copy, rows):
+        kind = stored_as(t, self.config.weight_type)
+        at = self.starts[t.name] + copy * copy_bytes(t, self.config.weight_type)
+        x = rows_at(self.file, self.path, at, kind, rows, t.shape[1:])
+        if kind != np.int8:
+            return x
+        at, groups = at + aligned(math.prod(t.shape)), -(-t.shape[1] // GROUP)
+        return dequantise(x, rows_at(self.file, self.path, at, np.dtype("<f4"), rows, (groups,)))
+
+
+def quantise(x):
+    """(int8, scales) of some rows. The largest number of a group is 127 times its scale, so that
+    what dequantise() makes of them has the same int8 and the same scales, to the bit."""
+    x, cols = in_groups(x.astype(np.float32, copy=False)), x.shape[1]
+    scale = np.abs(x).max(2) / np.float32(127)
+    x /= np.where(scale > 0, scale, np.inf)[:, :, None]        # a group of zeros stays zero
+    np.rint(x, out=x)
+    np.clip(x, -127, 127, out=x)                               # a subnormal scale is not exact
+    return x.astype(np.int8).reshape(len(x), -1)[:, :cols], scale
+
+
+def in_groups(x):
+    """A matrix as (rows, groups, GROUP). The last group of a row is filled up with zeros."""
+    rows, cols = x.shape
+    return np.pad(x, ((0, 0), (0, -cols % GROUP))).reshape(rows, -1, GROUP)
+
+
+def dequantise(q, scale):
+    """The numbers that quantise() made these int8 and scales of, as float32."""
+    x = in_groups(q.astype(np.float32)) * scale[:, :, None]
+    return x.reshape(len(x), -1)[:, :q.shape[1]]
+
+
+def write_checkpoint(source, folder, model_type):
+    """Writes config.json, model.safetensors and the tokenizer's files. The safetensors library
+    writes only what is in memory all at once, so its format is written here: u64 bytes of JSON, the
+    JSON padded to 8, and the arrays sorted by name, as the library sorts them."""
+    c = source.config
+    dtype = "BF16" if c.torch_dtype == "bfloat16" else "F32"
+    kind = np.dtype(TYPES[dtype])
+    places = {t.name.format(i): (t, i) for t in tensors(c) for i in range(t.copies)}
+    if model_type == "deepseek_v2":
+        must_be_deepseek(source, "a deepseek_v2 has")
+        warn_of_transformers(c, folder)
+        places = {name.replace(".gate.0.", ".gate."): place for name, place in places.items()}
+    places = dict(sorted(places.items()))
+    header, size = {"__metadata__": {"format": "pt"}}, 0
+    for name, (t, _) in places.items():
+        end = size + math.prod(t.shape) * kind.itemsize
+        header[name] = {"dtype": dtype, "shape": t.shape, "data_offsets": [size, end]}
+        size = end
+    header = json.dumps(header, separators=(",", ":")).encode()
+    header += b" " * (-len(header) % 8)
+
+    files = files_with_defaults(source)
+    if c.tokenizer == "bytes":
+        for name, value in zip(("tokenizer.json", SETTINGS), byte_tokenizer(c)):
+            files.setdefault(name, to_json(value))
+    files[CONFIG_JSON] = to_json(config_to_json(c, model_type))
+    with new_files(folder, ["model.safetensors", *files], size) as (f, *others):
+        note(describe(c))
+        progress = Progress("written", size)
+        f.write(struct.pack("<Q", len(header)) + header)
+        for t, copy in places.values():
+            write_copy(f, source, t, copy, kind, progress)
+        for other, data in zip(others, files.values()):
+            other.write(data)
+        progress.add(0, last=True)
+
+
+def config_to_json(c, model_type):
+    """The config.json that the reference reads."""
+    coe = model_type == "coe_deepseekv2"
+    out = {"model_type": model_type,
+           "architectures": ["CoeForCausalLM" if coe else "DeepseekV2ForCausalLM"]}
+    if coe:
+        out["auto_map"] = {"AutoConfig": "configuration_coe.CoeConfig",
+                           "AutoModelForCausalLM": "modeling_coe.CoeForCausalLM"}
+    rope = {}
+    for key in CONFIG:
+        value = None if is_null(key, c[key.name]) else c[key.name]
+        if key.name.startswith(ROPE):
+            rope[key.name.removeprefix(ROPE)] = value
+        elif key.file == CONFIG_JSON and (coe or key.name not in DEEPSEEK):
+            out[key.name] = value
+    if rope["type"] == "linear":        # all that is looked at then
+        rope = {key: rope[key] for key in ("type", "factor", "mscale_all_dim") if rope[key] != 0}
+    out["rope_scaling"] = rope if rope["type"] else None
+    out |= {key: FIXED[key] for key in ("hidden_act", "scoring_func", "attention_dropout")}
+    return out | {"ep_size": 1, "num_key_value_heads": c.num_attention_heads}
+
+
+def files_with_defaults(source):
+    """The embedded files as they go into a checkpoint: as they are, unless the model's defaults
+    have changed since, for which ./train has options. Then generation_config.json or
+    tokenizer_config.json say what the model's config says."""
+    c, files = source.config, dict(source.files)
+    said = {key.name: key.default for key in CONFIG if key.file != CONFIG_JSON}
+    said["add_bos_token"] = c.tokenizer == "bytes"
+    if c.tokenizer == "bpe" and "tokenizer.json" in files:
+        said["add_bos_token"] = begins_with_bos(parse_json(files["tokenizer.json"], source.path), c)
+    said |= defaults_in(files, source.path)
+    for name in (GENERATION, SETTINGS):
+        keys = [key for key in CONFIG if key.file == name]
+        if all(c[key.name] == said[key.name] for key in keys):
+            continue
+        old = parse_json(files[name], name) if name in files else None
+        new = {key.name: c[key.name] for key in keys
+               if c[key.name] != key.default or key.kind == BOOL}
+        if name == GENERATION:
+            if old is None:             # what transformers would make of config.json
+                ids = "bos_token_id", "eos_token_id"
+                old = {key: c[key] if c[key] >= 0 else None for key in ids}
+            if new:                     # greedy is no temperature there, but this flag
+                new["do_sample"] = new.get("temperature") != 0
+            if not c.temperature:
+                del new["temperature"]
+            old = {key: value for key, value in old.items() if key not in {"do_sample", *said}}
+        if old is not None:             # a tokenizer's file is not made up
+            files[name] = to_json(old | new)
+    return files
+
+
+def defaults_in(files, folder):
+    """{key: value} of what generation_config.json and tokenizer_config.json say."""
+    out = {}
+    for name in (GENERATION, SETTINGS):
+        path = os.path.join(folder, name)
+        found = parse_json(files[name], path) if name in files else {}
+        if name == GENERATION:
+            found = {key: value for key, value in found.items() if value is not None}
+            if found.get("do_sample") is False:
+                found["temperature"] = 0
+        out |= {key.name: check(key, found[key.name], path) for key in CONFIG
+                if key.file == name and key.name in found}
+    return out
+
+
+def must_be_deepseek(source, who):
+    """A DeepSeek-V2 is a chain of one iteration that is added to the residual stream."""
+    for name, value in DEEPSEEK.items():
+        if name != "use_igate" and source.config[name] != value:
+            die(source.path,
+                f"{name} is {json.dumps(source.config[name])}, {who} {json.dumps(value)}")
+
+
+def warn_of_transformers(c, path):
+    """Names what is part of DeepSeek-V2, but not of transformers' class of that name."""
+    n, all_n = c[ROPE + "mscale"], c[ROPE + "mscale_all_dim"]
+    yarn = c[ROPE + "type"] == "yarn" and c[ROPE + "factor"] > 1
+    for differs, what in (
+            (c.norm_topk_prob and c.num_experts_per_tok > 1, "norm_topk_prob true"),
+            (c.moe_layer_freq > 1, f"moe_layer_freq {c.moe_layer_freq}"),
+            (not c.n_shared_experts, "n_shared_experts null"),
+            (not c.n_routed_experts, "n_routed_experts null"),
+            (c.hidden_size % c.num_attention_heads, "hidden_size no multiple of the heads"),
+            (yarn and not (n and all_n) and (n, all_n) != (1, 0),
+             f"rope_scaling.mscale {n} with mscale_all_dim {all_n}")):
+        if differs:
+            note(f"{path}: warning: transformers' DeepseekV2ForCausalLM does not know {what}")
+
+
+# Version 1 had 128 slots of 8 bytes: "COE1" and the version, the four sizes but config_bytes, then
+# the keys of this list, where - and all behind it are 0. A float64 holds a NUM, an int64 the place
+# of a word among the words, and all else. Version 2 must have the same keys. It may also have
+# others, which came later and have a default.
+VERSION_1 = """weight_type tokenizer coe_weights - - - - - - - - vocab_size hidden_size
+    intermediate_size moe_intermediate_size num_hidden_layers num_attention_heads n_shared_experts
+    n_routed_experts num_experts_per_tok kv_lora_rank q_lora_rank qk_nope_head_dim qk_rope_head_dim
+    v_head_dim inner_iter inner_residual outer_residual use_igate topk_method n_group topk_group
+    norm_topk_prob routed_scaling_factor first_k_dense_replace moe_layer_freq aux_loss_alpha seq_aux
+    rms_norm_eps rope_theta rope_scaling.type rope_scaling.factor
+    rope_scaling.original_max_position_embeddings rope_scaling.beta_fast rope_scaling.beta_slow
+    rope_scaling.mscale rope_scaling.mscale_all_dim max_position_embeddings attention_bias
+    tie_word_embeddings initializer_range bos_token_id eos_token_id torch_dtype temperature top_k
+    top_p min_p repetition_penalty add_bos_token chat_template""".split()
+VERSION_1_BYTES = 1024
+
+
+def config_of_slots(data, path):
+    """The Config of version 1, from its slots behind the sizes."""
+    c = Config({name: key.default for name, key in KEYS.items()})
+    for i in range(len(data) // 8):
+        name = VERSION_1[i] if i < len(VERSION_1) else "-"
+        key = KEYS.get(name, Key(f"slot {i + 5}", INT))
+        value, = struct.unpack_from("<d" if key.kind == NUM else "<q", data, 8 * i)
+        if isinstance(key.kind, tuple):
+            value = key.kind[value] if 0 <= value < len(key.kind) else value
+        elif key.kind == BOOL:
+            value = {0: False, 1: True}.get(value, value)
+        value = check_stored(key, value, path)
+        if name in KEYS:
+            c[name] = value
+    return c
+
+
+# ---- [6] fresh models, upcycled models ----------------------------------------------------------
+
+class Fresh:
+    """A source: random weights for the config of a config.json, as the paper's runs begin."""
+
+    def __init__(self, path, seed):
+        self.path, self.files, self.tokenizer_section = path, {}, b""
+        self.config = config_from_json(read_json(path), path)
+        self.random = np.random.default_rng(seed)
+
+    def read(self, t, copy, rows):
+        shape = rows.stop - rows.start, *t.shape[1:]
+        if t.kind == NORM:
+            return np.ones(shape, np.float32)
+        if t.kind == BIAS:
+            return np.zeros(shape, np.float32)
+        if t.kind == GATE:
+            bound = np.float32(self.config.hidden_size ** -0.5)
+            return self.random.random(shape, np.float32) * 2 * bound - bound
+        x = self.random.standard_normal(shape, np.float32)
+        x *= np.float32(self.config.initializer_range)
+        return x
+
+
+class Upcycled:
+    """A source: another one, a DeepSeek-V2, as a CoE of C iterations. Every gate is a copy of the
+    one there was and the coe_weights are 0, so that until it is trained it computes the same."""
+
+    def __init__(self, source, C):
+        must_be_deepseek(source, "--upcycle needs")
+        if not any(t.kind == GATE for t in tensors(source.config)):
+            die(source.path, "has no layer with experts, so there is nothing to --upcycle")
+        self.source, self.path, self.files = source, source.path, source.files
+        self.tokenizer_section = source.tokenizer_section
+        self.config = Config(source.config, inner_iter=C, use_igate=True, inner_residual=True,
+                             coe_weights=True)
+
+    def read(self, t, copy, rows):
+        if t.kind == COE:
+            return np.zeros(rows.stop - rows.start, np.float32)
+        if t.kind == GATE:
+            copy = 0
+            if not self.source.config.use_igate:
+                t = t._replace(name=t.name.replace("gate.{}.", "gate."))
+        return self.source.read(t, copy, rows)
+
+
+# ---- [7] the command line -----------------------------------------------------------------------
+
+class Parser(argparse.ArgumentParser):
+    """A parser whose errors are one line."""
+    def error(self, message):
+        self.exit(2, f"export: {' '.join(message.split())} (see --help)\n")
+
+
+def number(low, high):
+    """A type for argparse: an integer from low to high."""
+    def parse(text):
+        if not re.fullmatch("[0-9]{1,20}", text) or not low <= int(text) <= high:
+            raise argparse.ArgumentTypeError(f"{text!r} must be an integer in {low}..{high}")
+        return int(text)
+    return parse
+
+
+def arguments():
+    """The arguments, and in to_folder whether TARGET is to be a checkpoint."""
+    p = Parser(
+        prog="export.py", allow_abbrev=False,
+        description="Converts Hugging Face checkpoints (coe_deepseekv2, deepseek_v2) to model.bin "
+        "and back, some rows of a tensor in memory at a time.",
+        epilog="SOURCE is a folder, a model.bin or, with --init, a config.json. From a model.bin, "
+        "TARGET is a folder if there is one of that name, or if it does not end in .bin and is no "
+        "file; else a model.bin. Exit codes: 0 done, 1 failed, 2 wrong usage, 130 interrupted.")
+    p.add_argument("source", metavar="SOURCE")
+    p.add_argument("target", metavar="TARGET")
+    p.add_argument("--dtype", choices=("f32", "bf16", "q8"), help="type of model.bin's matrices: "
+                   "4, 2 or about 1.06 bytes a weight; norms, gates and biases are always f32 "
+                   "(default: as in SOURCE, if that is a model.bin, else f32)")
+    p.add_argument("--init", metavar="SEED", type=number(0, 2**64 - 1),
+                   help="fresh weights, 0..2^64-1 (default: SOURCE has the weights)")
+    p.add_argument("--upcycle", metavar="C", type=number(2, 1024), help="make a DeepSeek-V2 model "
+                   "a CoE of C iterations, 2..1024, that starts out the same (default: no)")
+    p.add_argument("--model_type", choices=("coe_deepseekv2", "deepseek_v2"),
+                   help="of the checkpoint to write (default: coe_deepseekv2)")
+    p.add_argument("--version", action="version", version="export.py 1, writes model.bin "
+                   "version 2, reads versions 1 and 2")
+    a = p.parse_args()
+    a.to_folder = a.init is None and not os.path.isdir(a.source) and (
+        os.path.isdir(a.target) or not a.target.endswith(".bin") and not os.path.exists(a.target))
+    if a.dtype and a.to_folder:
+        p.error("argument --dtype: is for a model.bin, a checkpoint has its config's torch_dtype")
+    if a.model_type and not a.to_folder:
+        p.error("argument --model_type: is for a checkpoint, TARGET is to be a model.bin")
+    return a
+
+
+def convert(a):
+    """Does what the arguments say."""
+    if MISSING:
+        raise Failure(MISSING)
+    np.seterr(all="ignore")             # a NaN among the weights stays one, without a warning
+    if a.init is not None:
+        source = Fresh(a.source, a.init)
+    else:
+        source = Checkpoint(a.source) if os.path.isdir(a.source) else ModelBin(a.source)
+    if a.upcycle:
+        source = Upcycled(source, a.upcycle)
+    if source.config.weight_type == "q8" and (a.to_folder or a.dtype not in (None, "q8")):
+        note(f"{a.source}: warning: its matrices are q8, they stay rounded to that")
+    if a.to_folder:
+        write_checkpoint(source, a.target, a.model_type or "coe_deepseekv2")
+    else:
+        write_model_bin(source, a.target, a.dtype or source.config.weight_type)
+
+
+def main():
+    """Returns the exit code, None for success. Errors are one line."""
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # cleans up as an interrupt does
+    try:
+        convert(a := arguments())
+    except Failure as e:
+        note(" ".join(str(e).split()))
+        return 1
+    except (OSError, MemoryError) as e:
+        note(f"{getattr(e, 'filename', None) or a.source}: {getattr(e, 'strerror', None) or e}")
+        return 1
+    except KeyboardInterrupt:
+        note("interrupted, nothing was written")
+        return 130
+
+
+# ---- [8] checks, errors and files ---------------------------------------------------------------
 
 class Failure(Exception):
     """An error for the user, one line. main() prints it."""
@@ -58,206 +854,40 @@ def note(text):
     print("export:", text, file=sys.stderr)
 
 
-@contextlib.contextmanager
-def blame(path, doing=""):
-    """Whatever is raised inside becomes a line about path. BaseException: Rust's panics are one."""
-    try:
-        yield
-    except (Failure, KeyboardInterrupt):
-        raise
-    except BaseException as e:
-        die(path, doing + (getattr(e, "strerror", None) or str(e) or type(e).__name__))
+def is_null(key, value):
+    """Whether this value of a key is null in JSON."""
+    return key.null and (value is None or key.kind == INT and value < key.least)
 
 
-def open_file(path):
-    if os.path.exists(path) and not os.path.isfile(path):
-        die(path, "is a folder or a device, must be a file")
-    return open(path, "rb")
-
-
-def parse_json(data, path):
-    """The object in JSON. NaN and keys that are there twice, which Python takes, are faults."""
-    def refuse(constant):
-        raise ValueError(constant + " is not a value of JSON")
-
-    def unique(pairs):
-        if len(pairs) > len(value := dict(pairs)):
-            keys = [key for key, _ in pairs]
-            raise ValueError(f"{next(key for key in keys if keys.count(key) > 1)} is there twice")
-        return value
-    try:
-        value = json.loads(data, parse_constant=refuse, object_pairs_hook=unique)
-    except (ValueError, RecursionError) as e:
-        die(path, f"is not JSON: {e}")
-    return value if isinstance(value, dict) else die(path, "must hold a JSON object")
-
-
-def read_json(path):
-    with open_file(path) as f:
-        return parse_json(f.read(), path)
-
-
-def to_json(value):
-    return json.dumps(value, indent=1).encode() + b"\n"
-
-
-@contextlib.contextmanager
-def new_files(folder, names, size):
-    """Opens files in a temporary folder inside folder. Once all are complete and on the disk they
-    take their own names; where that fails nothing is left, and what was there before still is."""
-    def remove_if_empty(folder):
-        with contextlib.suppress(OSError):
-            os.rmdir(folder)
-
-    paths = [os.path.join(folder, name) for name in names]
-    with blame(paths[0], "cannot be written: "), contextlib.ExitStack() as stack:
-        if not os.path.exists(folder):
-            os.mkdir(folder)
-            stack.callback(remove_if_empty, folder)
-        for path in paths:
-            if os.path.exists(path) and not os.path.isfile(path):
-                die(path, "is not a file, so it is not replaced")
-        if size > (free := shutil.disk_usage(folder).free):
-            die(paths[0], f"needs {size} bytes, only {free} are free there")
-        new = os.path.join(folder, f".export-{os.getpid()}")
-        stack.callback(shutil.rmtree, new, ignore_errors=True)  # first: then no signal is too early
-        os.mkdir(new)
-        files = [stack.enter_context(open(os.path.join(new, name), "wb")) for name in names]
-        yield files
-        for f in files:
-            f.flush()
-            os.fsync(f.fileno())
-            f.close()
-        for f, path in zip(files, paths):
-            os.replace(f.name, path)
-        if os.name == "posix":                                 # the new names must last too
-            handle = os.open(folder, os.O_RDONLY)
-            stack.callback(os.close, handle)
-            os.fsync(handle)
-
-
-class Progress:
-    """Says what the model is, and where it takes longer than a second or two, how far it is."""
-    def __init__(self, c, total):
-        note(describe(c))
-        self.done, self.total, self.shown = 0, total, False
-        self.next = time.monotonic() + 1.5
-
-    def add(self, size, last=False):
-        self.done += size
-        if time.monotonic() >= self.next or last and self.shown:
-            tty, self.shown = sys.stderr.isatty(), True
-            self.next = time.monotonic() + (0.2 if tty else 5)
-            print(f"export: {self.done / 1e6:.0f} of {self.total / 1e6:.0f} MB written",
-                  end="\r" if tty and not last else "\n", file=sys.stderr, flush=True)
-
-
-# ---- [2] config -------------------------------------------------------------------------------
-
-class Slot(NamedTuple):
-    name: str           # for the model's own, the key in config.json
-    kind: object        # i int64, f float64, b 0 or 1, tuple: index into it; with ? null is allowed
-    low: float = 0      # the range allowed
-    high: float = 0
-    default: object = ...   # where the key is missing (...: must not be), and how null is stored
-
-
-ROPE, RESERVED = "rope_scaling.", ("reserved", "i", 0, 0)
-FILE_SLOTS = [Slot(*row) for row in (                          # slots 1..15
-    ("file_bytes",              "i",  0, 2**62),   ("files_bytes",          "i",  0, 2**62),
-    ("tokenizer_bytes",         "i",  0, 2**62),   ("state_bytes",          "i",  0, 2**62),
-    ("dtype",                   ("f32", "bf16", "q8")),        # of matrices; all else is f32
-    ("tokenizer",               ("none", "bytes", "bpe")),
-    ("coe_weights",             "b"),                          # are there any: an upcycled model
-    *[RESERVED] * 8,
-)]
-MODEL_SLOTS = [Slot(*row) for row in (                         # slots 16..58
-    ("vocab_size",              "i",  1, 2**24),   ("hidden_size",          "i",  1, 2**16),
-    ("intermediate_size",       "i",  1, 2**20),   ("moe_intermediate_size", "i?", 1, 2**20, 1),
-    ("num_hidden_layers",       "i",  1, 2**12),   ("num_attention_heads",  "i",  1, 2**12),
-    ("n_shared_experts",        "i?", 1, 2**10, 0), ("n_routed_experts",    "i?", 1, 2**14, 0),
-    ("num_experts_per_tok",     "i?", 1, 2**14, 1),
-    ("kv_lora_rank",            "i",  1, 2**16),   ("q_lora_rank",          "i?", 1, 2**16, 0),
-    ("qk_nope_head_dim",        "i",  1, 2**16),   ("qk_rope_head_dim",     "i",  2, 2**16),
-    ("v_head_dim",              "i",  1, 2**16),
-    ("inner_iter",              "i",  1, 2**10),   ("inner_residual",       "b",  0, 1, True),
-    ("outer_residual",          "b",  0, 1, False), ("use_igate",           "b"),
-    ("topk_method",             ("greedy", "group_limited_greedy")),
-    ("n_group",                 "i?", 1, 2**14, 1), ("topk_group",          "i?", 1, 2**14, 1),
-    ("norm_topk_prob",          "b",  0, 1, False),
-    ("routed_scaling_factor",   "f",  -1e9, 1e9, 1.0),
-    ("first_k_dense_replace",   "i",  0, 2**12, 0), ("moe_layer_freq",      "i",  1, 2**12, 1),
-    ("aux_loss_alpha",          "f",  0, 1e9, 0.001), ("seq_aux",           "b",  0, 1, True),
-    ("rms_norm_eps",            "f",  1e-30, 1, 1e-6),
-    ("rope_theta",              "f",  1e-30, 1e30, 10000.0),
-    (ROPE + "type",             ("none", "linear", "yarn"), 0, 2, "none"),
-    (ROPE + "factor",           "f",  1e-30, 1e9, 1.0),
-    (ROPE + "original_max_position_embeddings", "i", 1, 2**30, 4096),
-    (ROPE + "beta_fast",        "f",  1e-30, 1e9, 32.0),
-    (ROPE + "beta_slow",        "f",  1e-30, 1e9, 1.0),
-    (ROPE + "mscale",           "f",  -1e9, 1e9, 1.0),
-    (ROPE + "mscale_all_dim",   "f",  -1e9, 1e9, 0.0),
-    ("max_position_embeddings", "i",  1, 2**30),
-    ("attention_bias",          "b",  0, 1, False), ("tie_word_embeddings", "b",  0, 1, False),
-    ("initializer_range",       "f",  0, 1e9, 0.02),
-    ("bos_token_id",            "i?", 0, 2**24, -1), ("eos_token_id",       "i?", 0, 2**24, -1),
-    ("torch_dtype",             ("float32", "bfloat16"), 0, 1, "float32"),  # of the checkpoint
-)]
-TEXT_SLOTS = [Slot(*row) for row in (                          # slots 59..65
-    ("temperature",             "f?", 0, 1e9, -1.0),           # of generation_config.json
-    ("top_k",                   "i?", 0, 2**24, -1),
-    ("top_p",                   "f?", 0, 1, -1.0),
-    ("min_p",                   "f?", 0, 1, -1.0),
-    ("repetition_penalty",      "f?", 1e-30, 1e9, -1.0),
-    ("add_bos_token",           "b",  0, 1, False),            # of tokenizer_config.json
-    ("chat_template",           ("none", "deepseek_v2"), 0, 1, "none"),
-)]
-DEFAULTS = {"generation_config.json": TEXT_SLOTS[:5], "tokenizer_config.json": TEXT_SLOTS[5:6]}
-SLOTS = FILE_SLOTS + MODEL_SLOTS + TEXT_SLOTS + [Slot(*RESERVED)] * 62    # to slot 127
-DEEPSEEK = {"inner_iter": 1, "inner_residual": False, "outer_residual": True, "use_igate": False}
-FIXED = {"hidden_act": "silu", "scoring_func": "softmax", "attention_dropout": 0.0,
-         "mlp_bias": False, "quantization_config": None, ROPE + "truncate": True,
-         ROPE + "attention_factor": None}                      # the only values that are computed
-IGNORED = set("""model_type architectures auto_map transformers_version _name_or_path use_cache
-    pad_token_id ep_size pretraining_tp num_key_value_heads head_dim qk_head_dim
-    output_router_logits""".split())
-
-
-class Config(dict):
-    """Slot name -> value, as config.json has it; for null, what is stored."""
-    __getattr__ = dict.__getitem__                             # c.hidden_size
-
-
-def check(slot, value, where):
-    """The value for a slot from one in JSON, ... for a missing one."""
-    name, kind, low, high, default = slot
-    if value is ... and default is ...:
-        die(where, f"{name} is missing")
-    if value is ... or value is None and "?" in kind:
-        return default
-    if isinstance(kind, tuple):
-        if value in kind:
+def check(key, value, where):
+    """The value of a key from one in JSON, or from ... where the key is missing."""
+    if value is ... and key.default is ...:
+        die(where, f"{key.name} is missing")
+    if value is ... or value is None and key.null:
+        return key.default
+    if isinstance(key.kind, tuple):
+        if value in key.kind:
             return value
-        must = " or ".join(json.dumps(k) for k in kind)
-    elif kind == "b":
+        must = " or ".join(map(json.dumps, key.kind))
+    elif key.kind == BOOL:
         if isinstance(value, bool):
             return value
         must = "true or false"
     else:
-        integer = kind[0] == "i"
-        if type(value) in ((int,) if integer else (int, float)) and low <= value <= high:
+        integer = key.kind == INT
+        if type(value) in ((int,) if integer else (int, float)) and key.least <= value <= key.most:
             return value if integer else float(value)
-        must = f"{'an integer' if integer else 'a number'} in {low}..{high}"
-        must += " or null" if "?" in kind else ""
-    die(where, f"{name} is {json.dumps(value)[:80]}, must be {must}")
+        must = f"{'an integer' if integer else 'a number'} in {key.least}..{key.most}"
+        must += " or null" * key.null
+    die(where, f"{key.name} is {json.dumps(value)[:80]}, must be {must}")
 
 
 def check_together(c, where):
-    """What cannot be said of one value alone."""
+    """Checks what cannot be said of one key alone."""
     def need(ok, name, must):
         if not ok:
             die(where, f"{name} is {c[name]}, must be {must}")
-    E, K, n, k = c.n_routed_experts, c.num_experts_per_tok, c.n_group, c.topk_group
+    E, K, groups, most = c.n_routed_experts, c.num_experts_per_tok, c.n_group, c.topk_group
     need(c.qk_rope_head_dim % 2 == 0, "qk_rope_head_dim", "even")
     need(c.first_k_dense_replace <= c.num_hidden_layers, "first_k_dense_replace",
          f"at most num_hidden_layers, {c.num_hidden_layers}")
@@ -266,9 +896,10 @@ def check_together(c, where):
     if E:
         need(K <= E, "num_experts_per_tok", f"1..{E} (n_routed_experts)")
     if E and c.topk_method == "group_limited_greedy":
-        need(E % n == 0, "n_group", f"a divisor of n_routed_experts, {E}")
-        need(k <= n, "topk_group", f"at most n_group, {n}")
-        need(k * E // n >= K, "topk_group", f"enough for {K} experts in groups of {E // n}")
+        need(E % groups == 0, "n_group", f"a divisor of n_routed_experts, {E}")
+        need(most <= groups, "topk_group", f"at most n_group, {groups}")
+        need(most * E // groups >= K, "topk_group",
+             f"enough for {K} experts in groups of {E // groups}")
     if c[ROPE + "type"] == "yarn":
         need(c.rope_theta > 1, "rope_theta", "above 1 for yarn")
         need(c[ROPE + "beta_fast"] >= c[ROPE + "beta_slow"], ROPE + "beta_fast",
@@ -279,218 +910,127 @@ def check_together(c, where):
         need(c.inner_iter > 1, "inner_iter", "2 or more where there are coe_weights")
 
 
-def config_from_json(config, where):
-    """Refuses what is not computed, warns of what is not known."""
-    model_type = config.get("model_type")
-    if model_type not in ("coe_deepseekv2", "deepseek_v2"):
-        die(where, f"model_type is {json.dumps(model_type)}, must be coe_deepseekv2 or deepseek_v2")
+def with_old_names(config, where):
+    """A config.json in which what has been renamed has its older name, and rope_scaling's keys
+    stand beside the others. Keys that are null and not looked at are left out."""
+    config = dict(config)
     for new, old in (("dtype", "torch_dtype"), ("rope_parameters", "rope_scaling")):
         if (value := config.pop(new, None)) is not None:
             config[old] = value
-
     rope = config.pop("rope_scaling", None) or {}
     if not isinstance(rope, dict):
         die(where, f"rope_scaling is {json.dumps(rope)[:80]}, must be null or an object")
-    rope = {"type" if key == "rope_type" else key: value for key, value in rope.items()}
+    rope = {"type" if name == "rope_type" else name: value for name, value in rope.items()}
     if "rope_theta" in rope:
         config["rope_theta"] = rope.pop("rope_theta")
     if rope and rope.get("type") != "default":
-        for key, value in ({"type": None, "factor": None} | rope).items():
-            config[ROPE + key] = value
+        for name in ("type", "factor"):
+            if rope.get(name) is None:
+                die(where, f"{ROPE}{name} is missing")
+        config |= {ROPE + name: value for name, value in rope.items()}
 
     dtype = str(config.get("torch_dtype") or "float32").removeprefix("torch.")
     config["torch_dtype"] = "float32" if dtype == "float16" else dtype
     config["n_shared_experts"] = config.get("n_shared_experts") or None
-    for key, need in (("n_routed_experts", ("moe_intermediate_size", "num_experts_per_tok")),
-                      ("topk_method", ("n_group", "topk_group"))):
-        for other in need:
-            if config.get(key) not in (None, "greedy") and config.get(other) is None:
-                die(where, f"{other} is missing, {key} {json.dumps(config[key])[:80]} needs it")
-    for key, must in FIXED.items():
-        if config.get(key) not in (None, must):
-            die(where, f"{key} is {json.dumps(config[key])[:80]}, must be {json.dumps(must)}")
+    for name, needs in (("n_routed_experts", ("moe_intermediate_size", "num_experts_per_tok")),
+                        ("topk_method", ("n_group", "topk_group"))):
+        for other in needs:
+            if config.get(other) is None:
+                if config.get(name) not in (None, "greedy"):
+                    die(where, f"{other} is missing, "
+                        f"{name} {json.dumps(config[name])[:80]} needs it")
+                config.pop(other, None)
+    return config
 
-    known = {s.name for s in MODEL_SLOTS} | FIXED.keys() | IGNORED
+
+FIXED = {"hidden_act": "silu", "scoring_func": "softmax", "attention_dropout": 0.0,
+         "mlp_bias": False, "quantization_config": None, ROPE + "truncate": True,
+         ROPE + "attention_factor": None}                      # the only values that are computed
+IGNORED = set("""model_type architectures auto_map transformers_version _name_or_path use_cache
+    pad_token_id ep_size pretraining_tp num_key_value_heads head_dim qk_head_dim
+    output_router_logits""".split())                           # make no difference to the model
+
+
+def check_computed(config, where):
+    """Refuses a config.json of another model, and warns of keys that are not known."""
+    model_type = config.get("model_type")
+    if model_type not in ("coe_deepseekv2", "deepseek_v2"):
+        die(where, f"model_type is {json.dumps(model_type)}, must be coe_deepseekv2 or deepseek_v2")
+    for name, must in FIXED.items():
+        if config.get(name) not in (None, must):
+            die(where, f"{name} is {json.dumps(config[name])[:80]}, must be {json.dumps(must)}")
+    known = {key.name for key in CONFIG if key.file == CONFIG_JSON} | FIXED.keys() | IGNORED
     if model_type == "deepseek_v2":
         known -= DEEPSEEK.keys()
-    for key in sorted(config.keys() - known):
-        note(f"{where}: warning: unknown key {key} is ignored")
-    if model_type == "deepseek_v2":
-        config |= DEEPSEEK
-    c = Config(dtype="f32", tokenizer="none", tokenizer_bytes=0, state_bytes=0, coe_weights=False)
-    c |= {s.name: s.default for s in TEXT_SLOTS}
-    c |= {s.name: check(s, config.get(s.name, ...), where) for s in MODEL_SLOTS}
-    check_together(c, where)
-    return c
+    for name in sorted(config.keys() - known):
+        note(f"{where}: warning: unknown key {name} is ignored")
 
 
-def config_to_json(c, model_type):
-    """The config.json that the reference reads."""
-    coe = model_type == "coe_deepseekv2"
-    out = {"model_type": model_type,
-           "architectures": ["CoeForCausalLM" if coe else "DeepseekV2ForCausalLM"]}
-    if coe:
-        out["auto_map"] = {"AutoConfig": "configuration_coe.CoeConfig",
-                           "AutoModelForCausalLM": "modeling_coe.CoeForCausalLM"}
-    rope = {}
-    for name, kind, low, *_ in MODEL_SLOTS:
-        if name.startswith(ROPE):
-            rope[name.removeprefix(ROPE)] = c[name]
-        elif coe or name not in DEEPSEEK:
-            out[name] = None if "?" in kind and c[name] < low else c[name]
-    linear = {"type", "factor", "mscale_all_dim" if rope["mscale_all_dim"] else "type"}
-    used = {"none": (), "linear": linear, "yarn": rope}[rope["type"]]
-    out["rope_scaling"] = {key: value for key, value in rope.items() if key in used} or None
-    out |= {key: FIXED[key] for key in ("hidden_act", "scoring_func", "attention_dropout")}
-    return to_json(out | {"ep_size": 1, "num_key_value_heads": c.num_attention_heads})
+def shards(folder):
+    """(path, the names that the index says are in it) of each safetensors file. If there is one
+    file and no index, its names are None."""
+    single = os.path.join(folder, "model.safetensors")
+    index = single + ".index.json"
+    found = {single: None}
+    if not os.path.lexists(single):
+        if not os.path.lexists(index):
+            die(folder, "has neither model.safetensors nor model.safetensors.index.json")
+        found, weight_map = {}, read_json(index).get("weight_map")
+        if not isinstance(weight_map, dict) or not weight_map:
+            die(index, "has no weight_map from tensors to files")
+        for name, file in weight_map.items():
+            if not isinstance(file, str) or file != os.path.basename(file) or not file:
+                die(index, f"{name} is in {json.dumps(file)[:80]}, must be a file's name")
+            found.setdefault(os.path.join(folder, file), set()).add(name)
+    for path in found:
+        if not os.path.isfile(path):
+            die(path, "is no file" + ", but the index names it" * (path != single))
+    return found.items()
 
 
-def header_to_bytes(c):
-    header = struct.pack("<4sI", b"COE1", 1)
-    for name, kind, *_ in SLOTS:
-        value = c.get(name, 0)                                 # 0: the reserved ones
-        value = kind.index(value) if isinstance(kind, tuple) else value
-        header += struct.pack("<d" if kind[0] == "f" else "<q", value)
-    return header
+def places_in(path, names):
+    """Checkpoint.places of one safetensors file, which must hold the tensors of these names and no
+    others. The library checks the file, but does not see a name that is there twice; and to read
+    some rows it would read the whole tensor. So it is read here, and not by the library."""
+    with blame(path), safe_open(path, framework="numpy", backend="pread") as f:
+        found = set(f.keys())
+    f = open_file(path)
+    start = 8 + int.from_bytes(f.read(8), "little")
+    header = parse_json(f.read(start - 8), path)
+    for name in sorted(found ^ (names or found)):
+        die(path, f"tensor {name} " + ("is here, but not in the index" if name in found else
+                                       "is not here, where the index says it is"))
+    return {name: (f, path, header[name]["dtype"], header[name]["shape"],
+                   start + header[name]["data_offsets"][0]) for name in found}
 
 
-def header_from_bytes(header, where):
-    if header[:4] != b"COE1":
-        die(where, f"starts with {header[:8]!r}, a model.bin starts with COE1"
-            + (" (a config.json needs --init SEED)" if header[:1] == b"{" else ""))
-    if len(header) < 1024:
-        die(where, f"has {len(header)} bytes, the header alone must have 1024")
-    if (version := struct.unpack_from("<I", header, 4)[0]) != 1:
-        die(where, f"version is {version}, must be 1")
-    c = Config()
-    for i, slot in enumerate(SLOTS, 1):
-        name, kind, *_, default = slot
-        value, = struct.unpack_from("<d" if kind[0] == "f" else "<q", header, 8 * i)
-        if isinstance(kind, tuple):
-            value = kind[value] if 0 <= value < len(kind) else value
-        elif kind == "b":
-            value = {0: False, 1: True}.get(value, value)
-        c[name] = value if "?" in kind and value == default else check(slot, value, where)
-    check_together(c, where)
-    return c
+HINTS = {"e_score_correction_bias": "sigmoid scoring is not computed",
+         "weight_scale_inv": "fp8 weights are not read, convert them to bfloat16",
+         "lm_head": "tie_word_embeddings is true"}             # why a tensor may be unknown
 
 
-# ---- [3] tensors ------------------------------------------------------------------------------
-
-class Tensor(NamedTuple):
-    name: str           # Hugging Face's; {} stands for the number of the copy
-    copies: int
-    shape: tuple        # of one copy
-    kind: str
-
-
-MATRIX, GATE, NORM, BIAS, COE = "matrix", "gate", "norm", "bias", "coe_weights"
-
-
-def tensors(c):
-    """Every tensor of the model, in the order of model.bin. The one place that names them."""
-    V, d, H, I = c.vocab_size, c.hidden_size, c.num_attention_heads, c.intermediate_size
-    R, r, f = c.kv_lora_rank, c.q_lora_rank, c.moe_intermediate_size
-    dn, dr, dv = c.qk_nope_head_dim, c.qk_rope_head_dim, c.v_head_dim
-    E, S, C = c.n_routed_experts, c.n_shared_experts, c.inner_iter
-    bias, own_gates, coe = c.attention_bias, c.use_igate, c.coe_weights
-
-    yield Tensor("model.embed_tokens.weight", 1, (V, d), MATRIX)
-    for l in range(c.num_hidden_layers):
-        moe = E > 0 and l >= c.first_k_dense_replace and l % c.moe_layer_freq == 0
-        for name, copies, shape, kind in (                     # copies 0 or False: not there
-            ("input_layernorm.weight",                1,                (d,),            NORM),
-            ("self_attn.q_proj.weight",               r == 0,           (H*(dn+dr), d),  MATRIX),
-            ("self_attn.q_a_proj.weight",             r > 0,            (r, d),          MATRIX),
-            ("self_attn.q_a_proj.bias",               r > 0 and bias,   (r,),            BIAS),
-            ("self_attn.q_a_layernorm.weight",        r > 0,            (r,),            NORM),
-            ("self_attn.q_b_proj.weight",             r > 0,            (H*(dn+dr), r),  MATRIX),
-            ("self_attn.kv_a_proj_with_mqa.weight",   1,                (R+dr, d),       MATRIX),
-            ("self_attn.kv_a_proj_with_mqa.bias",     bias,             (R+dr,),         BIAS),
-            ("self_attn.kv_a_layernorm.weight",       1,                (R,),            NORM),
-            ("self_attn.kv_b_proj.weight",            1,                (H*(dn+dv), R),  MATRIX),
-            ("self_attn.o_proj.weight",               1,                (d, H*dv),       MATRIX),
-            ("self_attn.o_proj.bias",                 bias,             (d,),            BIAS),
-            ("post_attention_layernorm.weight",       1,                (d,),            NORM),
-            ("mlp.gate.{}.weight",                    moe*own_gates*C,  (E, d),          GATE),
-            ("mlp.gate.weight",                       moe > own_gates,  (E, d),          GATE),
-            ("mlp.experts.{}.gate_proj.weight",       moe*E,            (f, d),          MATRIX),
-            ("mlp.experts.{}.up_proj.weight",         moe*E,            (f, d),          MATRIX),
-            ("mlp.experts.{}.down_proj.weight",       moe*E,            (d, f),          MATRIX),
-            ("mlp.shared_experts.gate_proj.weight",   moe and S > 0,    (f*S, d),        MATRIX),
-            ("mlp.shared_experts.up_proj.weight",     moe and S > 0,    (f*S, d),        MATRIX),
-            ("mlp.shared_experts.down_proj.weight",   moe and S > 0,    (d, f*S),        MATRIX),
-            ("mlp.coe_weights.{}",                    moe*coe*(C-1),    (d,),            COE),
-            ("mlp.gate_proj.weight",                  not moe,          (I, d),          MATRIX),
-            ("mlp.up_proj.weight",                    not moe,          (I, d),          MATRIX),
-            ("mlp.down_proj.weight",                  not moe,          (d, I),          MATRIX),
-        ):
-            if copies:
-                yield Tensor(f"model.layers.{l}." + name, int(copies), shape, kind)
-    yield Tensor("model.norm.weight", 1, (d,), NORM)
-    if not c.tie_word_embeddings:
-        yield Tensor("lm_head.weight", 1, (V, d), MATRIX)
-
-
-GROUP = 64              # q8: neighbours in a row that share a scale
-
-
-def stored_as(tensor, dtype):
-    """The numpy type of a tensor in a model.bin whose matrices have dtype; int8 stands for q8."""
-    kinds = {"f32": "<f4", "bf16": "bfloat16", "q8": "i1"}
-    return np.dtype(kinds[dtype] if tensor.kind == MATRIX else "<f4")
-
-
-def aligned(n):
-    return (n + 63) // 64 * 64
-
-
-def copy_bytes(t, dtype):
-    """The bytes that a copy of a tensor takes in a model.bin. q8: the int8, the scales."""
-    kind = stored_as(t, dtype)
-    size = math.prod(t.shape) * kind.itemsize
-    if kind != np.int8:
-        return size
-    rows, cols = t.shape
-    return aligned(size) + aligned(4 * rows * -(-cols // GROUP))
-
-
-def layout(c):
-    """(tensor, its offset in model.bin) in file order, and (None, the end of the weights)."""
-    at = 1024 + c.files_bytes + c.tokenizer_bytes
+def check_tensors(checkpoint):
+    """Finds tensors that are missing, wrongly shaped or unknown. What type all of them together
+    have is the config's torch_dtype."""
+    c, places, known = checkpoint.config, checkpoint.places, set()
     for t in tensors(c):
-        yield t, at
-        at = aligned(at + t.copies * copy_bytes(t, c.dtype))
-    yield None, at
-
-
-def blocks(t):
-    """A copy of a tensor as slices of rows, of about a million numbers: what is in memory at a
-    time, and few enough for the processor's cache."""
-    step = max(1, 2**20 // math.prod(t.shape[1:]))
-    return [slice(i, min(i + step, t.shape[0])) for i in range(0, t.shape[0], step)]
-
-
-def in_groups(x):
-    """(rows, groups, GROUP) of a matrix; zeros fill up the last group of a row."""
-    rows, cols = x.shape
-    return np.pad(x, ((0, 0), (0, -cols % GROUP))).reshape(rows, -1, GROUP)
-
-
-def quantise(x):
-    """The int8 and the scales of some rows. What dequantise makes of them has the same int8 and
-    the same scales, to the bit: the largest of a group is 127 times its scale."""
-    x, cols = in_groups(x.astype(np.float32, copy=False)), x.shape[1]
-    scale = np.abs(x).max(2) / np.float32(127)
-    x /= np.where(scale > 0, scale, np.inf)[:, :, None]        # a group of zeros stays one
-    np.rint(x, out=x)
-    np.clip(x, -127, 127, out=x)                               # where the scale is subnormal
-    return x.astype(np.int8).reshape(len(x), -1)[:, :cols], scale
-
-
-def dequantise(q, scale):
-    x = in_groups(q.astype(np.float32)) * scale[:, :, None]
-    return x.reshape(len(x), -1)[:, :q.shape[1]]
+        for copy in range(t.copies):
+            name, shape, _ = checkpoint.locate(t, copy)
+            if name not in places:
+                die(checkpoint.path, f"tensor {name} {list(shape)} is missing")
+            if name not in known:                              # else it is fused, and was seen
+                _, path, dtype, found, _ = places[name]
+                if found != list(shape):
+                    die(path, f"tensor {name} is {found}, must be {list(shape)}")
+                if dtype not in TYPES:
+                    die(path, f"tensor {name} is {dtype}, must be F32, BF16 or F16")
+                known.add(name)
+    for name in sorted(places.keys() - known):
+        hint = [hint for part, hint in HINTS.items() if part in name]
+        die(places[name][1], f"tensor {name} is unknown: "
+            + (hint or ["this config has no such tensor"])[0])
+    types = {places[name][2] for name in known}
+    c["torch_dtype"] = "bfloat16" if types == {"BF16"} else "float32"
 
 
 def describe(c):
@@ -514,9 +1054,132 @@ def describe(c):
             f"{total / 1e6:.3f} M parameters, {active / 1e6:.3f} M active")
 
 
-# ---- [4] tokenizer ----------------------------------------------------------------------------
+class Progress:
+    """Says how many of so many bytes are done, where that takes longer than a second or two."""
+    def __init__(self, done, total):
+        self.word, self.done, self.total, self.shown = done, 0, total, False
+        self.next = time.monotonic() + 1.5
 
-# A byte-level BPE goes into model.bin as these tables. Each starts at a multiple of 64 bytes; all
+    def add(self, size, last=False):
+        self.done += size
+        if time.monotonic() >= self.next or last and self.shown:
+            tty, self.shown = sys.stderr.isatty(), True
+            self.next = time.monotonic() + (0.2 if tty else 5)
+            print(f"export: {self.done / 1e6:.0f} of {self.total / 1e6:.0f} MB {self.word}",
+                  end="\r" if tty and not last else "\n", file=sys.stderr, flush=True)
+
+
+def check_crc(file, path, size, said):
+    """Reads a model.bin from SUMMED on, to see whether its CRC-32 is what its header says."""
+    progress, crc = Progress("checked", size), 0
+    file.seek(SUMMED)
+    with blame(path):
+        while data := file.read(2**20):
+            crc = zlib.crc32(data, crc)
+            progress.add(len(data))
+    progress.add(0, last=True)
+    if crc != said:
+        die(path, f"its checksum is {crc:08x}, its header says {said:08x}: damaged")
+
+
+def open_file(path):
+    if os.path.exists(path) and not os.path.isfile(path):
+        die(path, "is a folder or a device, must be a file")
+    return open(path, "rb")
+
+
+def bytes_at(file, path, start, size):
+    """size bytes of an open file."""
+    with blame(path):
+        data = bytearray(size)
+        file.seek(start)
+        if file.readinto(data) != size:
+            die(path, f"ends before byte {start + size}")
+    return data
+
+
+def rows_at(file, path, start, kind, rows, width=()):
+    """Some rows of an array in a file, whose first row is at start. width: the shape of a row."""
+    size, n = math.prod(width) * kind.itemsize, rows.stop - rows.start
+    data = bytes_at(file, path, start + rows.start * size, n * size)
+    return np.frombuffer(data, kind).reshape(n, *width)
+
+
+def read_json(path):
+    with open_file(path) as f:
+        return parse_json(f.read(), path)
+
+
+def parse_json(data, path):
+    """The object in JSON. NaN and keys that are there twice, which Python takes, are faults."""
+    def refuse(constant):
+        raise ValueError(constant + " is not a value of JSON")
+
+    def unique(pairs):
+        if len(pairs) > len(value := dict(pairs)):
+            keys = [key for key, _ in pairs]
+            raise ValueError(f"{next(key for key in keys if keys.count(key) > 1)} is there twice")
+        return value
+    try:
+        value = json.loads(data, parse_constant=refuse, object_pairs_hook=unique)
+    except (ValueError, RecursionError) as e:
+        die(path, f"is not JSON: {e}")
+    return value if isinstance(value, dict) else die(path, "must hold a JSON object")
+
+
+def to_json(value):
+    return json.dumps(value, indent=1).encode() + b"\n"
+
+
+@contextlib.contextmanager
+def blame(path, doing=""):
+    """Whatever is raised inside becomes a line about path. A panic of the libraries' Rust is no
+    Exception, but a BaseException."""
+    try:
+        yield
+    except (Failure, KeyboardInterrupt):
+        raise
+    except BaseException as e:
+        die(path, doing + (getattr(e, "strerror", None) or str(e) or type(e).__name__))
+
+
+@contextlib.contextmanager
+def new_files(folder, names, size):
+    """Opens files in a temporary folder inside folder. Once all are complete and on the disk they
+    take their own names; where that fails nothing is left, and what was there before still is."""
+    def remove_if_empty(folder):
+        with contextlib.suppress(OSError):
+            os.rmdir(folder)
+
+    paths = [os.path.join(folder, name) for name in names]
+    with blame(paths[0], "cannot be written: "), contextlib.ExitStack() as stack:
+        if not os.path.exists(folder):
+            os.mkdir(folder)
+            stack.callback(remove_if_empty, folder)
+        for path in paths:
+            if os.path.exists(path) and not os.path.isfile(path):
+                die(path, "is not a file, so it is not replaced")
+        if size > (free := shutil.disk_usage(folder).free):
+            die(paths[0], f"needs {size} bytes, only {free} are free there")
+        new = os.path.join(folder, f".export-{os.getpid()}")
+        stack.callback(shutil.rmtree, new, ignore_errors=True)  # before mkdir: a signal may follow
+        os.mkdir(new)
+        files = [stack.enter_context(open(os.path.join(new, name), "wb")) for name in names]
+        yield files
+        for f in files:
+            f.flush()
+            os.fsync(f.fileno())
+            f.close()
+        for f, path in zip(files, paths):
+            os.replace(f.name, path)
+        if os.name == "posix":                                 # the new names must last too
+            handle = os.open(folder, os.O_RDONLY)
+            stack.callback(os.close, handle)
+            os.fsync(handle)
+
+
+# ---- [9] tokenizers -----------------------------------------------------------------------------
+# A byte-level BPE goes into model.bin as these tables. Each begins at a multiple of 64 bytes; all
 # numbers but those of text are u32.
 #
 #     head          [16]          the numbers of tokens, bytes of text, order, merges, stages,
@@ -530,7 +1193,7 @@ def describe(c):
 #     merges        [merges, 4]   left, right, rank, result; sorted
 #     stages        [stages + 1]  of the pre-tokenizer: the first alternative of each,
 #     alternatives  [... + 1]     the first item of each,
-#     items         [items, 4]    kind, class, least, most, see [8]
+#     items         [items, 4]    kind, class, least, most, see [10]
 #     classes       [classes, 2]  the first range, how many
 #     ranges        [ranges, 2]   lowest and highest code point; sorted
 #     added         [added, 2]    tokens that are found in the text before all else, by their bytes:
@@ -538,9 +1201,10 @@ def describe(c):
 #     normal        [normal, 3]   lowest and highest code point, and 255: text with it may not be in
 #                                 NFC; or else the combining class. Empty without flag 2
 
-FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json",
-         "generation_config.json", "chat_template.jinja")      # travel inside model.bin, verbatim
+FILES = ("tokenizer.json", SETTINGS, "special_tokens_map.json", GENERATION,
+         "chat_template.jinja")         # travel inside model.bin, byte by byte
 ADDED_FLAGS = {"special": 1, "lstrip": 2, "rstrip": 4, "normalized": 8}
+NOT_UTF8 = (0xC0, 0xC1, *range(0xF5, 0x100))                   # DeepSeek-V2 has no tokens for these
 GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 DEEPSEEK_V2_CHAT = ["bos_token", r"'User: ' + message['content'] + '\n\n'",
                     "'Assistant: ' + message['content'] + eos_token",
@@ -548,24 +1212,55 @@ DEEPSEEK_V2_CHAT = ["bos_token", r"'User: ' + message['content'] + '\n\n'",
 
 
 def byte_level():
-    """The character that stands for each byte in a tokenizer.json (GPT-2's table): its own if that
-    prints, else one from 256 on."""
+    """{character: byte}: what stands for each byte in a tokenizer.json (GPT-2's table). A byte that
+    prints is itself, the others are characters from 256 on."""
     prints = {*range(33, 127), *range(161, 173), *range(174, 256)}
     others = iter(range(256, 512))
     return {chr(b if b in prints else next(others)): b for b in range(256)}
 
 
-BYTE_LEVEL = byte_level()                                      # character -> byte
-NOT_UTF8 = (0xC0, 0xC1, *range(0xF5, 0x100))                   # DeepSeek-V2 has no tokens for these
+BYTE_LEVEL = byte_level()
+
+
+def read_tokenizer(folder, c):
+    """Sets the tokenizer, add_bos_token and chat_template of the config c from the files of a
+    checkpoint. Returns the tokenizer section of model.bin, empty where the tokens are bytes."""
+    path, settings_path = (os.path.join(folder, name) for name in FILES[:2])
+    settings = read_json(settings_path) if os.path.lexists(settings_path) else {}
+    if not os.path.lexists(path):
+        return b""
+    found, (ours, _) = read_json(path), byte_tokenizer(c)
+    same = all(found.get(part) == ours[part] for part in ("model", "normalizer", "pre_tokenizer",
+                                                          "added_tokens"))
+    c["tokenizer"] = "bytes" if same else "bpe"
+    with blame(path, "is not a tokenizer.json: "):
+        try:
+            section = b"" if same else bpe_section(found, c)
+            c["add_bos_token"] = same or begins_with_bos(found, c)
+        except Failure as e:
+            die(path, e)
+        except KeyError as e:
+            raise ValueError(f"{e} is missing")
+    ids = {token["content"]: token["id"] for token in found.get("added_tokens", [])}
+    ids |= found["model"]["vocab"]
+    for name in ("bos_token", "eos_token"):
+        token, known = settings.get(name), c[name + "_id"]
+        token = token.get("content") if isinstance(token, dict) else token
+        if token is not None and ids.get(str(token), -1) != known:
+            note(f"{settings_path}: warning: {name} {json.dumps(token)} is "
+                 f"{ids.get(str(token), 'no token')}, {name}_id of config.json "
+                 f"{'null' if known < 0 else known}")
+    c["chat_template"] = chat_template(folder, settings, settings_path)
+    return section
 
 
 def byte_tokenizer(c):
-    """tokenizer.json and tokenizer_config.json for what the C code does: a token is a byte."""
-    byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True,
-                  "use_regex": False}
-    special = {256: "<|beginoftext|>", 257: "<|endoftext|>"}   # a model of train.c uses only 257
+    """(tokenizer.json, tokenizer_config.json) of a model whose tokens are the bytes."""
+    level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True,
+             "use_regex": False}
+    special = {256: "<|beginoftext|>", 257: "<|endoftext|>"}   # ./train makes models of 257 alone
     with_bos, bos = None, special.get(c.bos_token_id)
-    if c.add_bos_token and bos:            # transformers does not look at add_bos_token itself
+    if c.add_bos_token and bos:         # transformers looks at this, and not at add_bos_token
         one = [{"SpecialToken": {"id": bos, "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}]
         with_bos = {"type": "TemplateProcessing", "single": one,
                     "pair": [*one, {"Sequence": {"id": "B", "type_id": 1}}],
@@ -575,52 +1270,20 @@ def byte_tokenizer(c):
         "added_tokens": [{"id": i, "content": text, "single_word": False, "lstrip": False,
                           "rstrip": False, "normalized": False, "special": True}
                          for i, text in special.items()],
-        "normalizer": None, "pre_tokenizer": byte_level, "post_processor": with_bos,
-        "decoder": byte_level,
+        "normalizer": None, "pre_tokenizer": level, "post_processor": with_bos, "decoder": level,
         "model": {"type": "BPE", "dropout": None, "unk_token": None,
                   "continuing_subword_prefix": None, "end_of_word_suffix": None,
                   "fuse_unk": False, "byte_fallback": False, "ignore_merges": False,
                   "vocab": BYTE_LEVEL, "merges": []}}
     config = {"tokenizer_class": "PreTrainedTokenizerFast", "add_bos_token": c.add_bos_token,
-              "bos_token": special.get(c.bos_token_id), "eos_token": special.get(c.eos_token_id),
-              "pad_token": special[257],
-              "clean_up_tokenization_spaces": False, "model_max_length": c.max_position_embeddings}
+              "bos_token": bos, "eos_token": special.get(c.eos_token_id),
+              "pad_token": special[257], "clean_up_tokenization_spaces": False,
+              "model_max_length": c.max_position_embeddings}
     return tokenizer, config
 
 
-def read_tokenizer(folder, c):
-    """Sets what c says of text, from the tokenizer's files. Returns its section of model.bin."""
-    path, settings_path = (os.path.join(folder, name) for name in FILES[:2])
-    settings = read_json(settings_path) if os.path.lexists(settings_path) else {}
-    section = b""
-    if os.path.lexists(path):
-        found, (ours, _) = read_json(path), byte_tokenizer(c)
-        stages = ("model", "normalizer", "pre_tokenizer", "added_tokens")
-        c["tokenizer"] = "bytes" if all(found.get(s) == ours[s] for s in stages) else "bpe"
-        with blame(path, "is not a tokenizer.json: "):
-            try:
-                section = bpe_section(found, c) if c.tokenizer == "bpe" else b""
-                c["add_bos_token"] = c.tokenizer == "bytes" or begins_with_bos(found, c)
-            except Failure as e:
-                die(path, e)
-            except KeyError as e:
-                raise ValueError(f"{e} is missing")
-        ids = {t["content"]: t["id"] for t in found.get("added_tokens", [])}
-        ids |= found["model"]["vocab"]
-        for name in ("bos_token", "eos_token"):
-            token, known = settings.get(name), c[name + "_id"]
-            token = token.get("content") if isinstance(token, dict) else token
-            if token is not None and ids.get(str(token), -1) != known:
-                note(f"{settings_path}: warning: {name} {json.dumps(token)} is "
-                     f"{ids.get(str(token), 'no token')}, {name}_id of config.json "
-                     f"{'null' if known < 0 else known}")
-        c["chat_template"] = chat_template(folder, settings, settings_path)
-    c["tokenizer_bytes"] = len(section)
-    return section
-
-
 def chat_template(folder, settings, where):
-    """Which of the chats that run.c knows this is, by what the template puts out."""
+    """Which of the chats that run.c knows this is. What the template puts out decides."""
     template, path = settings.get("chat_template"), os.path.join(folder, FILES[-1])
     if isinstance(template, list):
         with blame(where, "chat_template: "):
@@ -636,24 +1299,6 @@ def chat_template(folder, settings, where):
         return "deepseek_v2"
     note(f"{where}: the chat_template is not DeepSeek-V2's, so there is no ./run -m chat")
     return "none"
-
-
-def show(value):
-    text = json.dumps(value, ensure_ascii=False)
-    return text if len(text) <= 80 else text[:77] + "..."
-
-
-def must(ok, what, *values):
-    """Fails with what, in which {} stands for values. read_tokenizer() adds the file's name."""
-    if not ok:
-        raise Failure(what.format(*map(show, values)) if values else what)
-
-
-def parts(value, key):
-    """The parts of a Sequence, or the one stage that is there, or nothing for null."""
-    if value is not None and value["type"] == "Sequence":
-        return [part for v in value[key] for part in parts(v, key)]
-    return [] if value is None else [value]
 
 
 def begins_with_bos(found, c):
@@ -707,12 +1352,12 @@ def bpe_section(found, c):
         left, right = pair.split(" ") if isinstance(pair, str) else pair
         for token in (left, right, left + right):
             must(token in vocab, "merge {} needs the token {}, there is none", pair, token)
-        if vocab[left + right] in pieces:
-            merges[vocab[left], vocab[right]] = rank, vocab[left + right]  # the last one counts
+        if vocab[left + right] in pieces:                      # the last of the same pairs counts
+            merges[vocab[left], vocab[right]] = rank, vocab[left + right]
         rank += 1
 
     n_tokens = max(text) + 1
-    texts = [text.get(i, b"") for i in range(n_tokens)]        # a hole in the ids: no bytes
+    texts = [text.get(i, b"") for i in range(n_tokens)]        # a hole in the ids has no bytes
     order = sorted(pieces, key=text.get) if model.get("ignore_merges") else []
     patterns = pattern_tables(stages(found.get("pre_tokenizer")))
     normal = nfc_table() if normalizers else []
@@ -730,8 +1375,9 @@ def bpe_section(found, c):
 
 
 def added_tokens(found, c, nfc):
-    """(id, bytes, flags) of each, sorted by its bytes. The library looks their ids up in the
-    vocabulary and counts on behind it for others; it does not believe what the file says."""
+    """(id, bytes, flags) of each added token, sorted by the bytes. The library takes their ids from
+    the vocabulary, and counts on from its end for those that are not in it. A file that says
+    otherwise is refused."""
     vocab, added = found["model"]["vocab"], {}
     end = len(vocab)
     for token in found.get("added_tokens", []):
@@ -750,7 +1396,8 @@ def added_tokens(found, c, nfc):
         added[content] = i, sum(bit for key, bit in ADDED_FLAGS.items() if token[key])
     rstrip, normalized = ADDED_FLAGS["rstrip"], ADDED_FLAGS["normalized"]
     greedy = {flags & normalized for _, flags in added.values() if flags & rstrip}
-    for content, (_, flags) in added.items():                  # the library takes such spaces twice
+    # The library gives white space that one token starts with and another's rstrip takes to both.
+    for content, (_, flags) in added.items():
         must(content[0] not in WHITE_SPACE or flags & normalized not in greedy, "added token {} "
              "starts with white space, which another one with rstrip takes: not supported", content)
     return sorted(((i, content.encode(), flags) for content, (i, flags) in added.items()),
@@ -758,7 +1405,8 @@ def added_tokens(found, c, nfc):
 
 
 def stages(pre_tokenizer):
-    """The pattern of each stage: it splits the text into its matches and what is between them."""
+    """The alternatives (see [10]) of each stage of a pre-tokenizer, which cuts every piece that
+    reaches it into the matches of its pattern and what is between them."""
     found = parts(pre_tokenizer, "pretokenizers")
     must(found and found[-1]["type"] == "ByteLevel",
          "pre_tokenizer does not end in ByteLevel, only byte-level BPE is supported")
@@ -786,7 +1434,7 @@ def stages(pre_tokenizer):
 
 
 def pattern_tables(stages):
-    """stages, alternatives, items, classes, ranges."""
+    """The tables stages, alternatives, items, classes and ranges."""
     first_alternative, first_item, items, classes, ranges = [0], [0], [], {}, []
     for alternatives in stages:
         for alternative in alternatives:
@@ -803,10 +1451,11 @@ def pattern_tables(stages):
 
 
 def nfc_table():
-    """Text is in NFC if none of its characters has 255 here (NFC_QC is No or Maybe) and combining
-    classes do not decrease from one mark to the next."""
+    """The table normal. A character has 255 if NFC replaces it, or if it may join the one before it
+    (Unicode's NFC_QC is No or Maybe), else its combining class. A text is in NFC if none of its
+    characters has 255 and classes do not decrease from one mark to the next."""
     value = np.zeros(END_OF_UNICODE, np.uint8)
-    value[0x1161:0x1176] = value[0x11A8:0x11C3] = 255          # a Hangul vowel and final consonant
+    value[0x1161:0x1176] = value[0x11A8:0x11C3] = 255          # Hangul vowels and final consonants
     for code in range(END_OF_UNICODE):
         char = chr(code)
         value[code] = value[code] or unicodedata.combining(char)
@@ -821,455 +1470,64 @@ def nfc_table():
     return [(a, b - 1, value[a]) for a, b in zip(starts, starts[1:]) if value[a]]
 
 
-# ---- [5] sources: .path, .config, .files {name: bytes}, .read(tensor, copy, rows) -> array ------
-
-def bytes_at(file, path, offset, size):
-    with blame(path):
-        data = bytearray(size)
-        file.seek(offset)
-        if file.readinto(data) != size:
-            die(path, f"ends before byte {offset + size}")
-    return data
+def parts(value, key):
+    """What a pipeline of a tokenizer.json consists of: the parts of a Sequence, which may be
+    nested, or the one that is there, or none for null."""
+    if value is not None and value["type"] == "Sequence":
+        return [part for v in value[key] for part in parts(v, key)]
+    return [] if value is None else [value]
 
 
-def rows_at(file, path, offset, kind, rows, width=()):
-    """Some rows of an array whose first row is at offset. width: the shape of a row."""
-    size, n = math.prod(width) * kind.itemsize, rows.stop - rows.start
-    data = bytes_at(file, path, offset + rows.start * size, n * size)
-    return np.frombuffer(data, kind).reshape(n, *width)
+def show(value):
+    """A value of JSON as text of at most 80 characters."""
+    text = json.dumps(value, ensure_ascii=False)
+    return text if len(text) <= 80 else text[:77] + "..."
 
 
-def defaults_in(files, folder):
-    """{slot: value} of what generation_config.json and tokenizer_config.json say."""
-    out = {}
-    for name, slots in DEFAULTS.items():
-        path = os.path.join(folder, name)
-        found = parse_json(files[name], path) if name in files else {}
-        if found.get("do_sample") is False:
-            found["temperature"] = 0
-        out |= {s.name: check(s, found[s.name], path) for s in slots if s.name in found}
-    return out
+def must(ok, what, *values):
+    """Fails unless ok, with what, in which {} stands for values. read_tokenizer() catches that and
+    adds the name of the file."""
+    if not ok:
+        raise Failure(what.format(*map(show, values)) if values else what)
 
 
-class Checkpoint:
-    """A folder with config.json, safetensors and maybe a tokenizer. All tensors are checked before
-    anything is written."""
-    TYPES = {"F32": np.dtype("<f4"), "BF16": np.dtype("bfloat16"), "F16": np.dtype("<f2")}
-    HINTS = {"e_score_correction_bias": "sigmoid scoring is not computed",
-             "weight_scale_inv": "fp8 weights are not read, convert them to bfloat16",
-             "lm_head": "tie_word_embeddings is true"}
+# ---- [10] patterns ------------------------------------------------------------------------------
+# The regular expressions of pre-tokenizers become alternatives, each a sequence of items: "so many
+# characters of this class". In this form the C code matches them. At a place of the text the first
+# alternative that matches wins. An item takes as many characters as it can, and where the items
+# after it then do not match, gives them back one by one.
 
-    def __init__(self, folder):
-        self.path = folder
-        file = lambda name: os.path.join(folder, name)
-        self.config = c = config_from_json(read_json(file("config.json")), file("config.json"))
-        self.tokenizer_section = read_tokenizer(folder, c)
-        self.where = {}                    # tensor name -> open file, its path, type, shape, offset
-        for path, names in self.shards():
-            # The library checks the header, but for names that occur twice. To read some rows it
-            # would read the whole tensor, so that is done here.
-            with blame(path), safe_open(path, framework="numpy", backend="pread") as f:
-                found = set(f.keys())
-            f = open_file(path)
-            start = 8 + int.from_bytes(f.read(8), "little")
-            header = parse_json(f.read(start - 8), path)
-            for name in sorted(found ^ (names or found)):
-                die(path, f"tensor {name} " + ("is here, but not in the index" if name in found
-                                               else "is not here, where the index says it is"))
-            self.where |= {name: (f, path, header[name]["dtype"], header[name]["shape"],
-                                  start + header[name]["data_offsets"][0]) for name in found}
-        c["coe_weights"] = any(".mlp.coe_weights." in name for name in self.where)
-        check_together(c, folder)
-        self.check_tensors()
-        self.files = {}
-        for name in FILES:
-            if os.path.lexists(file(name)):
-                with open_file(file(name)) as f:
-                    self.files[name] = f.read()
-        c |= defaults_in(self.files, folder)
-
-    def shards(self):
-        """(path, the tensors that the index says are in it; without an index None)"""
-        single = os.path.join(self.path, "model.safetensors")
-        index = single + ".index.json"
-        shards = {single: None}
-        if not os.path.lexists(single):
-            if not os.path.lexists(index):
-                die(self.path, "has neither model.safetensors nor model.safetensors.index.json")
-            shards, weight_map = {}, read_json(index).get("weight_map")
-            if not isinstance(weight_map, dict) or not weight_map:
-                die(index, "has no weight_map from tensors to files")
-            for name, file in weight_map.items():
-                if not isinstance(file, str) or file != os.path.basename(file) or not file:
-                    die(index, f"{name} is in {json.dumps(file)[:80]}, must be a file's name")
-                shards.setdefault(os.path.join(self.path, file), set()).add(name)
-        for path in shards:
-            if not os.path.isfile(path):
-                die(path, "is no file" + ", but the index names it" * (path != single))
-        return shards.items()
-
-    def check_tensors(self):
-        """Finds the missing, wrongly shaped and unknown ones, and the type of them all together."""
-        known, types = set(), set()
-        for t in tensors(self.config):
-            for i in range(t.copies):
-                name, shape, _ = self.place(t, i)
-                if name not in self.where:
-                    die(self.path, f"tensor {name} {list(shape)} is missing")
-                if name not in known:                          # else another part of a fused one
-                    _, path, dtype, found, _ = self.where[name]
-                    if found != list(shape):
-                        die(path, f"tensor {name} is {found}, must be {list(shape)}")
-                    if dtype not in self.TYPES:
-                        die(path, f"tensor {name} is {dtype}, must be F32, BF16 or F16")
-                    known.add(name)
-                    types.add(dtype)
-        for name in sorted(self.where.keys() - known):
-            hint = [hint for part, hint in self.HINTS.items() if part in name]
-            die(self.where[name][1], f"tensor {name} is unknown: "
-                + (hint or ["this config has no such tensor"])[0])
-        self.config["torch_dtype"] = "bfloat16" if types == {"BF16"} else "float32"
-
-    def place(self, t, i):
-        """(name in the checkpoint, its shape, the first row of the copy). A layer's experts may be
-        fused in one tensor, with gate_proj's rows above up_proj's."""
-        before, experts, part = t.name.partition("experts.{}.")
-        fused = before + "experts." + ("down_proj" if part.startswith("down") else "gate_up_proj")
-        if not experts or fused not in self.where:
-            return t.name.format(i), t.shape, 0
-        rows, cols = t.shape
-        if part.startswith("down"):
-            return fused, (t.copies, rows, cols), i * rows
-        return fused, (t.copies, 2 * rows, cols), (2 * i + part.startswith("up")) * rows
-
-    def read(self, t, i, rows):
-        name, _, first = self.place(t, i)
-        f, path, dtype, _, offset = self.where[name]
-        rows = slice(first + rows.start, first + rows.stop)
-        return rows_at(f, path, offset, self.TYPES[dtype], rows, t.shape[1:])
-
-
-class ModelBin:
-    """A model.bin, whose size must be what its header says, to the byte."""
-    def __init__(self, path):
-        self.path, self.file, self.offset = path, open_file(path), {}
-        self.config = c = header_from_bytes(self.file.read(1024), path)
-        size = os.fstat(self.file.fileno()).st_size
-        for name in ("files_bytes", "tokenizer_bytes", "state_bytes"):
-            if c[name] % 64 or c[name] > size:
-                die(path, f"{name} is {c[name]}, must be a multiple of 64 within {size}")
-        for t, at in layout(c):
-            self.offset[t and t.name] = at
-            if at > size:                                      # not through a million layers
-                break
-        if not size == c.file_bytes == at + c.state_bytes:
-            die(path, f"has {size} bytes, says {c.file_bytes}, and its header adds up to "
-                f"{at + c.state_bytes}{' or more' if t else ''}")
-        if (c.tokenizer == "bpe") != (c.tokenizer_bytes > 0):
-            die(path, f"tokenizer is {c.tokenizer}, but tokenizer_bytes {c.tokenizer_bytes}")
-        self.files = dict(self.embedded(bytes_at(self.file, path, 1024, c.files_bytes)))
-        self.tokenizer_section = bytes_at(self.file, path, 1024 + c.files_bytes, c.tokenizer_bytes)
-
-    def embedded(self, section):
-        at = 0
-        while at < len(section):
-            name, size = struct.unpack_from("<56sQ", section, at)
-            name = name.rstrip(b"\0").decode(errors="replace")
-            if name not in FILES:                              # no paths, no config.json
-                die(self.path, f"embedded file {name!r} must be one of {', '.join(FILES)}")
-            if size > len(section) - at - 64:
-                die(self.path, f"embedded file {name} has {size} bytes, more than its section")
-            yield name, section[at + 64 : at + 64 + size]
-            at = aligned(at + 64 + size)
-
-    def read(self, t, i, rows):
-        kind = stored_as(t, self.config.dtype)
-        at = self.offset[t.name] + i * copy_bytes(t, self.config.dtype)
-        x = rows_at(self.file, self.path, at, kind, rows, t.shape[1:])
-        if kind != np.int8:
-            return x
-        at, groups = at + aligned(math.prod(t.shape)), -(-t.shape[1] // GROUP)
-        return dequantise(x, rows_at(self.file, self.path, at, np.dtype("<f4"), rows, (groups,)))
-
-
-class Fresh:
-    """Random weights, as the paper's runs start from."""
-    def __init__(self, path, seed):
-        self.path, self.files = path, {}
-        self.config = config_from_json(read_json(path), path)
-        self.random = np.random.default_rng(seed)
-
-    def read(self, t, i, rows):
-        shape = rows.stop - rows.start, *t.shape[1:]
-        if t.kind == NORM:
-            return np.ones(shape, np.float32)
-        if t.kind == BIAS:
-            return np.zeros(shape, np.float32)
-        if t.kind == GATE:
-            bound = np.float32(self.config.hidden_size ** -0.5)
-            return self.random.random(shape, np.float32) * 2 * bound - bound
-        x = self.random.standard_normal(shape, np.float32)
-        x *= np.float32(self.config.initializer_range)
-        return x
-
-
-def must_be_deepseek(source, who):
-    for key, must in DEEPSEEK.items():
-        if key != "use_igate" and source.config[key] != must:
-            die(source.path, f"{key} is {json.dumps(source.config[key])}, {who} {json.dumps(must)}")
-
-
-def upcycle(source, C):
-    """Makes a DeepSeek-V2 source a CoE of C iterations: every gate a copy of the one there was, the
-    coe_weights 0. Until it is trained, it computes what it computed before."""
-    must_be_deepseek(source, "--upcycle needs")
-    c, read = source.config, source.read
-    if not any(t.kind == GATE for t in tensors(c)):
-        die(source.path, "has no layer with experts, so there is nothing to --upcycle")
-    source.config = Config(c, inner_iter=C, use_igate=True, inner_residual=True, coe_weights=True)
-    old_gate = "gate.{}." if c.use_igate else "gate."
-
-    def read_upcycled(t, i, rows):
-        if t.kind == COE:
-            return np.zeros(rows.stop - rows.start, np.float32)
-        if t.kind == GATE:
-            return read(t._replace(name=t.name.replace("gate.{}.", old_gate)), 0, rows)
-        return read(t, i, rows)
-    source.read = read_upcycled
-
-
-# ---- [6] targets ------------------------------------------------------------------------------
-
-def write_array(f, array, progress):
-    f.write(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)
-    progress.add(array.nbytes)
-
-
-def write_copy(f, source, t, i, kind, progress):
-    """A copy of a tensor, as numbers of this kind or, for int8, as q8 has it."""
-    scales = []
-    for rows in blocks(t):
-        x = source.read(t, i, rows)
-        if kind == np.int8:
-            x, scale = quantise(x)
-            if not np.isfinite(scale).all():                   # NaN and infinity come through
-                die(source.path, f"tensor {t.name.format(i)} has weights that are not finite, "
-                    "q8 cannot hold them")
-            scales.append(scale)
-        write_array(f, x.astype(kind, copy=False), progress)
-    if scales:
-        f.write(bytes(-f.tell() % 64))
-        for scale in scales:
-            write_array(f, scale, progress)
-        f.write(bytes(-f.tell() % 64))
-
-
-def write_bin(source, path, dtype):
-    files, tokenizer = b"", getattr(source, "tokenizer_section", b"")
-    for name, data in source.files.items():
-        files += struct.pack("<56sQ", name.encode(), len(data)) + data
-        files += bytes(-len(files) % 64)
-    c = Config(source.config, dtype=dtype, files_bytes=len(files), state_bytes=0)
-    *places, (_, c["file_bytes"]) = layout(c)
-
-    folder, name = os.path.split(os.path.realpath(path))       # a link stays one
-    if not os.path.isdir(folder):
-        die(path, f"cannot be written: there is no folder {folder}")
-    with new_files(folder, [name], c.file_bytes) as (f,):
-        progress = Progress(c, c.file_bytes)
-        f.write(header_to_bytes(c) + files + tokenizer)
-        for t, offset in places:
-            f.write(bytes(offset - f.tell()))
-            for i in range(t.copies):
-                write_copy(f, source, t, i, stored_as(t, dtype), progress)
-        f.write(bytes(c.file_bytes - f.tell()))
-        progress.add(0, last=True)
-
-
-def with_defaults(source):
-    """The embedded files as they go into a checkpoint: verbatim, but where the header has other
-    defaults than generation_config.json or tokenizer_config.json, these follow (train's options
-    change the header)."""
-    c, files = source.config, dict(source.files)
-    said = {s.name: s.default for s in TEXT_SLOTS} | {"add_bos_token": c.tokenizer == "bytes"}
-    if c.tokenizer == "bpe" and "tokenizer.json" in files:
-        found = parse_json(files["tokenizer.json"], source.path)
-        said["add_bos_token"] = begins_with_bos(found, c)
-    said |= defaults_in(files, source.path)
-    for name, slots in DEFAULTS.items():
-        if all(c[s.name] == said[s.name] for s in slots):
-            continue
-        old = parse_json(files[name], name) if name in files else None
-        new = {s.name: c[s.name] for s in slots if c[s.name] != s.default or s.kind == "b"}
-        if name == "generation_config.json":
-            if old is None:                # as transformers would make it from config.json
-                ids = "bos_token_id", "eos_token_id"
-                old = {key: c[key] if c[key] >= 0 else None for key in ids}
-            if new:                        # greedy is no temperature there, but this flag
-                new["do_sample"] = new.get("temperature") != 0
-            if not c.temperature:
-                del new["temperature"]
-            old = {k: v for k, v in old.items() if k not in {"do_sample", *said}}
-        if old is not None:                # a tokenizer's file is not made up
-            files[name] = to_json(old | new)
-    return files
-
-
-def warn_of_transformers(c, path):
-    """Names what is part of DeepSeek-V2, but not of transformers' class of that name."""
-    n, all_n = c[ROPE + "mscale"], c[ROPE + "mscale_all_dim"]
-    yarn = c[ROPE + "type"] == "yarn" and c[ROPE + "factor"] > 1
-    for differs, what in (
-            (c.norm_topk_prob and c.num_experts_per_tok > 1, "norm_topk_prob true"),
-            (c.moe_layer_freq > 1, f"moe_layer_freq {c.moe_layer_freq}"),
-            (not c.n_shared_experts, "n_shared_experts null"),
-            (not c.n_routed_experts, "n_routed_experts null"),
-            (c.hidden_size % c.num_attention_heads, "hidden_size no multiple of the heads"),
-            (yarn and not (n and all_n) and (n, all_n) != (1, 0),
-             f"rope_scaling.mscale {n} with mscale_all_dim {all_n}")):
-        if differs:
-            note(f"{path}: warning: transformers' DeepseekV2ForCausalLM does not know {what}")
-
-
-def write_checkpoint(source, folder, model_type):
-    """config.json, model.safetensors and the tokenizer's files. The safetensors library writes only
-    what is in memory all at once, so its format is written here: u64 bytes of JSON, the JSON padded
-    to 8, and the arrays by name, as the library sorts them."""
-    c = source.config
-    dtype, kind = ("BF16", "bfloat16") if c.torch_dtype == "bfloat16" else ("F32", "<f4")
-    kind = np.dtype(kind)
-    places = {t.name.format(i): (t, i) for t in tensors(c) for i in range(t.copies)}
-    if model_type == "deepseek_v2":
-        must_be_deepseek(source, "a deepseek_v2 has")
-        warn_of_transformers(c, folder)
-        places = {name.replace(".gate.0.", ".gate."): place for name, place in places.items()}
-    places = dict(sorted(places.items()))
-    header, size = {"__metadata__": {"format": "pt"}}, 0
-    for name, (t, _) in places.items():
-        end = size + math.prod(t.shape) * kind.itemsize
-        header[name] = {"dtype": dtype, "shape": t.shape, "data_offsets": [size, end]}
-        size = end
-    header = json.dumps(header, separators=(",", ":")).encode()
-    header += b" " * (-len(header) % 8)
-
-    files = with_defaults(source)
-    if c.tokenizer == "bytes":
-        for name, value in zip(("tokenizer.json", "tokenizer_config.json"), byte_tokenizer(c)):
-            files.setdefault(name, to_json(value))
-    files["config.json"] = config_to_json(c, model_type)
-    with new_files(folder, ["model.safetensors", *files], size) as (f, *others):
-        progress = Progress(c, size)
-        f.write(struct.pack("<Q", len(header)) + header)
-        for t, i in places.values():
-            write_copy(f, source, t, i, kind, progress)
-        for other, data in zip(others, files.values()):
-            other.write(data)
-        progress.add(0, last=True)
-
-
-# ---- [7] command line -------------------------------------------------------------------------
-
-class Parser(argparse.ArgumentParser):
-    def error(self, message):
-        self.exit(2, f"export: {' '.join(message.split())} (see --help)\n")
-
-
-def number(low, high):
-    def parse(text):
-        if not re.fullmatch("[0-9]{1,20}", text) or not low <= int(text) <= high:
-            raise argparse.ArgumentTypeError(f"{text!r} must be an integer in {low}..{high}")
-        return int(text)
-    return parse
-
-
-def arguments():
-    p = Parser(
-        prog="export.py", allow_abbrev=False,
-        description="Converts Hugging Face checkpoints (coe_deepseekv2, deepseek_v2) to model.bin "
-        "and back, some rows of a tensor in memory at a time.",
-        epilog="SOURCE is a folder, a model.bin or, with --init, a config.json. From a model.bin, "
-        "TARGET is a folder if there is one of that name, or if it does not end in .bin and is no "
-        "file; else a model.bin. Exit codes: 0 done, 1 failed, 2 wrong usage, 130 interrupted.")
-    p.add_argument("source", metavar="SOURCE")
-    p.add_argument("target", metavar="TARGET")
-    p.add_argument("--dtype", choices=("f32", "bf16", "q8"), help="type of model.bin's matrices: "
-                   "4, 2 or about 1.06 bytes a weight; norms, gates and biases are always f32 "
-                   "(default: as in SOURCE, if that is a model.bin, else f32)")
-    p.add_argument("--init", metavar="SEED", type=number(0, 2**64 - 1),
-                   help="fresh weights, 0..2^64-1 (default: SOURCE has the weights)")
-    p.add_argument("--upcycle", metavar="C", type=number(2, 1024), help="make a DeepSeek-V2 model "
-                   "a CoE of C iterations, 2..1024, that starts out the same (default: no)")
-    p.add_argument("--model_type", choices=("coe_deepseekv2", "deepseek_v2"),
-                   help="of the checkpoint to write (default: coe_deepseekv2)")
-    p.add_argument("--version", action="version", version="export.py 1, for model.bin version 1")
-    a = p.parse_args()
-    a.to_folder = a.init is None and not os.path.isdir(a.source) and (
-        os.path.isdir(a.target) or not a.target.endswith(".bin") and not os.path.exists(a.target))
-    if a.dtype and a.to_folder:
-        p.error("argument --dtype: is for a model.bin, a checkpoint has its config's torch_dtype")
-    if a.model_type and not a.to_folder:
-        p.error("argument --model_type: is for a checkpoint, TARGET is to be a model.bin")
-    return a
-
-
-def main():
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # cleans up as an interrupt does
-    try:
-        a = arguments()
-        if a.init is not None:
-            source = Fresh(a.source, a.init)
-        else:
-            source = Checkpoint(a.source) if os.path.isdir(a.source) else ModelBin(a.source)
-        if a.upcycle:
-            upcycle(source, a.upcycle)
-        if source.config.dtype == "q8" and (a.to_folder or a.dtype not in (None, "q8")):
-            note(f"{a.source}: warning: its matrices are q8, they stay rounded to that")
-        if a.to_folder:
-            write_checkpoint(source, a.target, a.model_type or "coe_deepseekv2")
-        else:
-            write_bin(source, a.target, a.dtype or source.config.dtype)
-    except Failure as e:
-        note(" ".join(str(e).split()))
-        return 1
-    except (OSError, MemoryError) as e:
-        note(f"{getattr(e, 'filename', None) or a.source}: {getattr(e, 'strerror', None) or e}")
-        return 1
-    except KeyboardInterrupt:
-        note("interrupted, nothing was written")
-        return 130
-
-
-# ---- [8] patterns -----------------------------------------------------------------------------
-
-# The regular expressions of pre-tokenizers are alternatives of sequences of "so many characters of
-# this class", and in this form the C code matches them: at one place the first alternative that
-# matches wins; an item takes as many characters as it can and gives them back one by one.
-
-TAKE, NOT_NEXT, LINE_END = range(3)                            # the kinds of items
-NO_LIMIT, MOST_ITEMS = 2**32 - 1, 32                           # the second is coe.c's
+TAKE, NOT_NEXT, LINE_END = range(3)     # the kinds of items
+NO_LIMIT = 2**32 - 1
+MOST_ITEMS = 32                         # in an alternative, for the C code
 END_OF_UNICODE = 0x110000
 
 
 class Item(NamedTuple):
-    kind: int           # TAKE characters, or take none: where one is NOT_NEXT (the text may end),
-                        # LINE_END: where the text ends or "\n" follows
-    chars: object       # the class of characters: bool [END_OF_UNICODE]
+    """A part of an alternative. TAKE takes characters of its class. The others take none: NOT_NEXT
+    matches where no character of its class follows, LINE_END at the end and in front of "\\n"."""
+    kind: int
+    chars: object               # the class: bool [END_OF_UNICODE]
     least: int = 1
     most: int = 1
-    possessive: bool = False    # would give nothing back; not written, as it makes no difference
+    possessive: bool = False    # it gives nothing back. Allowed, and then not written into
+                                # model.bin, where that makes no difference
 
 
 def chars_of(codes):
+    """The class of these code points."""
     chars = np.zeros(END_OF_UNICODE, bool)
     chars[list(codes)] = True
     return chars
 
 
 def literal(text):
+    """The alternatives of a pattern that is the text itself."""
     return checked([[Item(TAKE, chars_of([ord(char)])) for char in text]])
 
 
 def checked(alternatives):
+    """The same alternatives. ValueError says what the C code cannot do with them."""
     for items in alternatives:
         if not any(item.kind == TAKE and item.least for item in items):
             raise ValueError("it matches the empty text")
@@ -1284,8 +1542,8 @@ def checked(alternatives):
 
 
 class Regex:
-    """Parses the part of Oniguruma's language (as Hugging Face's library has it: Ruby's) that items
-    can express. ValueError says what is outside."""
+    """The alternatives of a regular expression in Oniguruma's language (Hugging Face's library has
+    it with Ruby's syntax). ValueError says what of it items cannot express."""
 
     def __init__(self, regex):
         self.text, self.at = regex, 0
@@ -1295,23 +1553,25 @@ class Regex:
         checked(self.alternatives)
 
     def refuse(self, what=""):
+        """Fails because of what, or else of what stands here."""
         found = self.text[self.at:self.at + 8]
         raise ValueError(f"{what or found or 'its end'} is not supported (character {self.at + 1})")
 
     def take(self, regex):
-        """What matches here, or None."""
+        """Goes past what matches here, and returns the match; or None."""
         match = re.compile(regex, re.ASCII).match(self.text, self.at)
         self.at = match.end() if match else self.at
         return match
 
     def alternation(self, in_group=False, fold=False):
+        """a|b|c. fold: without regard to case."""
         alternatives = self.sequence(in_group, fold)
         while self.take(r"\|"):
             alternatives += self.sequence(in_group, fold)
         return alternatives
 
     def sequence(self, in_group, fold):
-        """Groups are written out: x(?:a|b)y becomes xay|xby."""
+        """The alternatives of one sequence, as groups are written out: x(?:a|b)y is xay|xby."""
         paths = [[]]
         while self.at < len(self.text) and self.text[self.at] not in "|)":
             start, choices = self.at, self.element(in_group, fold)
@@ -1322,7 +1582,7 @@ class Regex:
         return paths
 
     def element(self, in_group, fold):
-        """The items of each of the ways to go on."""
+        """Items for each of the ways in which one element of a sequence can match."""
         if self.take(r"\$"):
             return [[Item(LINE_END, chars_of([]), 0, 0)]]
         if self.take(r"\(\?!"):
@@ -1332,7 +1592,7 @@ class Regex:
             fold = bool(group[1])
             choices = self.alternation(True, fold)
             if fold and any(folds_together(path) for path in choices):
-                self.refuse("(?i:) of letters that one character folds to")     # like U+00DF to ss
+                self.refuse("(?i:) of letters that one character folds to")     # U+00DF to ss
             if not self.take(r"\)") or self.take(r"[*+{]|\?[?+*{]"):
                 self.refuse()
             return choices + [[]] if self.take(r"\?") else choices
@@ -1375,7 +1635,7 @@ class Regex:
                 return ~chars if negated else chars
 
     def one(self):
-        """One character, or an escape for a class."""
+        """The code point of one character, or the class of an escape."""
         if found := self.take(r"\\(?:([pP])\{(\w+)\}|([sSdD]))"):
             p, name, letter = found.groups()
             if p and name not in ("L", *CATEGORIES[1:]):
@@ -1395,26 +1655,28 @@ class Regex:
         return ord(self.text[self.at - 1])
 
     def folded(self, chars, fold):
+        """A class, with fold together with what its characters are in the other case."""
         if fold:
             if chars[128:].any():
                 self.refuse("(?i:) with more than ASCII")
             chars = chars.copy()
             for code in np.flatnonzero(chars):
                 chars[ord(chr(code).swapcase())] = True
-            chars[0x17F] = chars[ord("s")]                     # long s, and the sign for Kelvin
-            chars[0x212A] = chars[ord("k")]
+            chars[0x17F] = chars[ord("s")]                     # the long s
+            chars[0x212A] = chars[ord("k")]                    # the sign for Kelvin
         return chars
 
 
 def folds_together(items):
-    """Whether two neighbours may be what one character, like U+00DF for ss, is without case."""
+    """Whether two neighbours may be two letters that without case one character stands for, as
+    U+00DF does for ss."""
     return any(a.chars[ord(pair[0])] and b.chars[ord(pair[1])]
                for a, b in zip(items, items[1:]) for pair in ("ss", "st", "ff", "fi", "fl"))
 
 
 def as_if_possessive(item, rest):
-    """Whether it makes no difference that the item may give back: nothing that follows can fail, or
-    all of it starts with other characters than the item takes."""
+    """Whether it makes no difference that the item gives nothing back. It makes none where nothing
+    in rest can fail, or where rest begins with other characters than the item takes."""
     for after in rest:
         if after.kind != TAKE or (after.chars & item.chars).any():
             return all(after.kind == TAKE and not after.least for after in rest)
@@ -1424,10 +1686,11 @@ def as_if_possessive(item, rest):
 
 
 def may_branch(path, choices):
-    """Whether path(a|b) is path a|path b, whatever follows. It is if there is one place at most
-    where path can end and a or b begin, and path tries that place first. So it is where all of path
-    has a fixed length; or where, behind that and one optional item, it takes only characters that
-    neither a nor b starts with, in one item or in two without limit."""
+    """Whether path(a|b), where a and b are choices, means the same as path a|path b, whatever
+    follows. It does if there is at most one place where path can end and a or b begin, and path
+    tries that place first. That is so where all of path has a fixed length. It is also so where,
+    behind a part of fixed length and one optional item, path takes only characters that neither a
+    nor b begins with, in one item or in two without limit."""
     while path and (path[0].kind != TAKE or path[0].least == path[0].most):
         path = path[1:]
     if len(choices) == 1 or not path:
@@ -1442,8 +1705,9 @@ def may_branch(path, choices):
             and not any((item.chars & start.chars).any() for item in path for start in starts))
 
 
-# The general categories of Unicode 16, as the library's \p{..} has them; N is what Nd leaves of it.
-# How many code points of which, one after another, by tests/test_tokenizer.py --unicode.
+# The general categories of Unicode 16, as the library's \p{..} has them. Here M, P and S are what
+# begins with that letter, and N what does and is not Nd. UNICODE says, packed, how many code points
+# of which category follow each other. tests/test_tokenizer.py --unicode makes it.
 CATEGORIES = ("", "Lu", "Ll", "Lt", "Lm", "Lo", "M", "Nd", "N", "P", "S")
 UNICODE = """
 c-
@@ -1491,21 +1755,26 @@ Zwfzm?lf7{_CLD@#Z*E5_C1l=>C3VMACbyL}+#)}xNNyKx#v^wUvnNtFAPO1xR})+v>2_;pxzGEr-
 Ry(O#<z-a?8yP?Jw8H(S(GPdW%>VG}O$LLq*@aZ|8^u@@j@B}0k0!#@D1+=zY"""
 
 
-RUNS = zlib.decompress(base64.b85decode(UNICODE.replace("\n", ""))).decode()
-RUNS = re.findall(r"(\D)(\d*)", RUNS)
-CATEGORY = np.repeat(np.array([ord(kind) - ord("`") for kind, _ in RUNS], np.uint8),
-                     [int(length or 1) for _, length in RUNS])
 WHITE_SPACE = "".join(map(chr, [*range(9, 14), 32, 0x85, 0xA0, 0x1680, *range(0x2000, 0x200B),
                                 0x2028, 0x2029, 0x202F, 0x205F, 0x3000]))
 
 
+@functools.cache
+def categories():
+    """The category of every code point, as its place in CATEGORIES."""
+    runs = zlib.decompress(base64.b85decode(UNICODE.replace("\n", ""))).decode()
+    runs = re.findall(r"(\D)(\d*)", runs)                      # "b12": 12 of number 2; "b": 1
+    return np.repeat(np.array([ord(letter) - ord("`") for letter, _ in runs], np.uint8),
+                     [int(length or 1) for _, length in runs])
+
+
 def category(name):
-    """The characters of a category, or of those that start with its name."""
-    return np.isin(CATEGORY, [i for i, c in enumerate(CATEGORIES) if i and c.startswith(name)])
+    """The class of the characters of a category, or of all whose names begin with this one."""
+    return np.isin(categories(), [i for i, c in enumerate(CATEGORIES) if i and c.startswith(name)])
 
 
 def digits():
-    """N for the stage Digits: there the library has Unicode 17."""
+    """The class N for the stage Digits, which in the library has Unicode 17."""
     return category("N") | chars_of([*range(0x11DE0, 0x11DEA), *range(0x16FF4, 0x16FF7)])
 
 

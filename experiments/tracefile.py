@@ -1,8 +1,13 @@
 """Reads what ./run --trace wrote, and from model.bin what is needed to understand it."""
 import codecs
 import struct
+import sys
 
-from common import Failure
+from common import ROOT, Failure
+
+sys.path.insert(0, ROOT)
+sys.dont_write_bytecode = True          # no folder of Python's beside export.py
+import export                           # of which read_header() needs nothing but Python
 
 HEADER = "position\ttoken\tlayer\titeration\trank\texpert\tweight"
 BYTE_NAMES = {256: "<|beginoftext|>", 257: "<|endoftext|>"}
@@ -12,26 +17,25 @@ class Model:
     """The part of a model.bin that says what its experts and its tokens are."""
 
     def __init__(self, path):
-        with open(path, "rb") as f:
-            head = f.read(1024)
-            if len(head) < 1024 or head[:8] != b"COE1\1\0\0\0":
-                raise Failure(f"{path}: is no model.bin of version 1")
-            slots = struct.unpack("<128q", head)
-            f.seek(1024 + slots[2])
-            section = f.read(slots[3])
-        self.path, self.layers, self.shared, self.experts = path, slots[20], slots[22], slots[23]
-        self.chosen, self.iterations = slots[24], slots[30]
-        self.kind = slots[6]
-        if self.kind == 2:
+        try:
+            with export.open_file(path) as f:
+                header = export.read_header(f, path)
+                f.seek(header.start + header.files_bytes)
+                section = f.read(header.tokenizer_bytes)
+        except export.Failure as e:
+            raise Failure(str(e))
+        c = header.config
+        self.path, self.layers, self.shared = path, c.num_hidden_layers, c.n_shared_experts
+        self.experts, self.chosen = c.n_routed_experts, c.num_experts_per_tok
+        self.iterations, self.tokenizer = c.inner_iter, c.tokenizer
+        if self.tokenizer == "bpe":
             self.pieces = read_pieces(section, path)
-        elif self.kind not in (0, 1):
-            raise Failure(f"{path}: tokenizer is {self.kind}, must be 0 (none), 1 (bytes), 2 (bpe)")
 
     def piece(self, token):
         """The bytes that a token stands for; its number where the model has no tokenizer."""
-        if self.kind == 2:
+        if self.tokenizer == "bpe":
             return self.pieces[token] if token < len(self.pieces) else b""
-        if self.kind == 1:
+        if self.tokenizer == "bytes":
             return bytes([token]) if token < 256 else BYTE_NAMES.get(token, "").encode()
         return f"{token} ".encode()
 

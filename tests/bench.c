@@ -43,8 +43,8 @@ static void measure_rate(void (*work)(const void *of), const void *of, double am
 
 enum { ROUNDS = 1 << 20 };
 
-// ROUNDS fused multiply-adds on each of as many numbers as tile() in coe.c [7] holds in registers,
-// which is enough to hide that each waits for itself.
+// ROUNDS fused multiply-adds on each of as many numbers as tile() in lib/kernels.h holds in
+// registers, which is enough to hide that each waits for itself.
 WIDE static real multiply_add_rounds(real factor) {
     vec s[TILE_ROWS][PANEL_VECTORS], a = { 0 }, b = { 0 }, all = { 0 };
     a += factor, b += 1 - factor;
@@ -66,16 +66,16 @@ static void multiply_add(const void *of) {
     sink = total;
 }
 
-typedef struct { real *x; size_t n; } Block;
+typedef struct { real *x; size_t n; } Numbers;
 
-// Reads all of a block once, a part in each thread.
-WIDE static void read_block(const void *of) {
-    const Block *block = of;
+// Reads all of the numbers once, a part in each thread.
+WIDE static void read_numbers(const void *of) {
+    const Numbers *all = of;
     enum { PIECE = 1 << 16 };                   // numbers
     real total = 0;
     #pragma omp parallel for schedule(static) reduction(+:total)
-    for (size_t from = 0; from < block->n; from += PIECE) {
-        const real *x = block->x + from;
+    for (size_t from = 0; from < all->n; from += PIECE) {
+        const real *x = all->x + from;
         vec s[4] = { { 0 } };
         for (size_t i = 0; i < PIECE; i += 4 * LANES)
             for (size_t j = 0; j < 4; j++) s[j] += load(x + i + j * LANES);
@@ -99,28 +99,28 @@ static void fill(real *x, size_t n, double size, uint64_t seed) {
 }
 
 static real *random_numbers(size_t n) {
-    real *x = allocate(product(n, sizeof(real)), "random numbers");
+    real *x = allocate(checked_mul(n, sizeof(real)), "random numbers");
     fill(x, n, 1, n);
     return x;
 }
 
-enum { FORWARD, DX, DW };
+enum { PASS_Y, PASS_DX, PASS_DW };
 
 typedef struct {
     int pass;
     size_t n, in, out, copies;      // each of the copies of w is multiplied with n rows of its own
-    Tensor w, dw;                   // (copies, out, in)
+    Tensor w;                       // (copies, out, in)
     real *x, *y;                    // (copies n, in), (copies n, out)
 } Products;
 
-// The product of [7] with copy e.
+// The product of lib/kernels.h with copy e.
 static void multiply_copy(const Products *p, size_t e) {
     const size_t n = p->n, in = p->in, out = p->out;
     real *x = p->x + e * n * in, *y = p->y + e * n * out;
     switch (p->pass) {
-    case FORWARD: linear(y, x, &p->w, e, NULL, n); break;
-    case DX:      matmul_nn(x, in, y, out, matrix(&p->w, e, 0), n, in, out, 0); break;
-    case DW:      matmul_tn(at(&p->dw, e), in, y, out, x, in, n, in, out, 1); break;
+    case PASS_Y:  linear(y, x, &p->w, e, NULL, n); break;
+    case PASS_DX: matmul_nn(x, in, view(y, n, out, out), matrix(&p->w, e), 0); break;
+    case PASS_DW: matmul_tn(grad_of(&p->w, e), in, view(y, n, out, out), view(x, n, in, in), 1);
     }
 }
 
@@ -142,21 +142,20 @@ static void measure_products(const char *what, char **argv) {
     int name = 0;
     while (name < 6 && strcmp(what, names[name])) name++;
     if (name == 6) fail(WRONG_USAGE, "%s: unknown, see tests/bench.c", what);
-    Products p = { .pass = name < 3 ? name : FORWARD };
+    Products p = { .pass = name < 3 ? name : PASS_Y };
     size_t *const sizes[] = { &p.n, &p.in, &p.out, &p.copies };
     for (int i = 0; i < 4; i++)
         if ((*sizes[i] = strtoul(argv[i], NULL, 10)) == 0)
             fail(WRONG_USAGE, "size %d is \"%s\", must be at least 1", i + 1, argv[i]);
-    const size_t weights = product(product(p.copies, p.in), p.out);
+    const size_t weights = checked_mul(checked_mul(p.copies, p.in), p.out);
     p.w = (Tensor){ .name = "w", .copies = p.copies, .rows = p.out, .cols = p.in,
                     .type = name < 3 ? F32 : (enum Type)(name - 3) };
-    p.dw = p.w;
-    const size_t bytes = product(p.copies, copy_bytes(&p.w));
+    const size_t bytes = checked_mul(p.copies, copy_bytes(&p.w));
     p.w.data = p.w.type == F32 ? random_numbers(weights) : allocate(bytes, "weights");
     if (p.w.type != F32) memset(p.w.data, 0x3C, bytes);     // 60, or as bfloat16 and scale 0.0115
-    p.dw.data = p.pass == DW ? random_numbers(weights) : NULL;
-    p.x = random_numbers(product(product(p.copies, p.n), p.in));
-    p.y = random_numbers(product(product(p.copies, p.n), p.out));
+    p.w.grad = p.pass == PASS_DW ? random_numbers(weights) : NULL;
+    p.x = random_numbers(checked_mul(checked_mul(p.copies, p.n), p.in));
+    p.y = random_numbers(checked_mul(checked_mul(p.copies, p.n), p.out));
     measure_rate(multiply, &p, p.n == 1 ? (double)bytes : 2.0 * (double)weights * (double)p.n);
 }
 
@@ -171,21 +170,21 @@ static void write_model(const char *path, int argc, char **argv) {
     m.config.bos_token_id = m.config.eos_token_id = -1;
     parse_options(&table, 1, argc, argv, 0);
     config_check(&m.config, "options", WRONG_USAGE);
-    m.w = weights_layout(&m.config, 0, F32);
-    m.weights = allocate(product(m.w.size, sizeof(real)), "the weights");
+    m.w = weights_layout(&m.config, false, F32);
+    m.weights = allocate(checked_mul(m.w.size, sizeof(real)), "the weights");
     weights_bind(&m.w, m.weights);
     for (size_t i = 0; i < m.w.n_tensors; i++) {
         const Tensor *t = &m.w.tensor[i];
         fill(t->data, tensor_size(t), m.config.initializer_range * sqrt(3), i << 32);
-        for (size_t k = 0; t->init == ONES && k < tensor_size(t); k++) t->data[k] = 1;
+        for (size_t j = 0; t->init == ONES && j < tensor_size(t); j++) t->data[j] = 1;
     }
-    Header h = { .magic = "COE1", .version = MODEL_VERSION, .tokenizer = NO_TOKENIZER,
-                 .file_bytes = HEADER_BYTES + sizeof(float) * m.w.size, .config = m.config };
-    FILE *file = fopen(path, "wb");
-    if (!file) fail(FAILED, "%s: cannot be written: %s", path, strerror(errno));
-    write_exactly(&h, sizeof h, file, path);
-    write_floats(m.weights, m.w.size, file, path);
-    if (fclose(file)) fail(FAILED, "%s: cannot be written: %s", path, strerror(errno));
+    Output output;
+    output_open(&output, path, false);
+    ModelWriter to = { .file = output.file, .path = path };
+    write_header(&to, &m, 0);
+    write_floats(&to, m.weights, m.w.size);
+    write_checksum(&to);
+    output_close(&output);
 }
 
 int main(int argc, char **argv) {
@@ -197,15 +196,15 @@ int main(int argc, char **argv) {
         write_model(argv[2], argc - 3, argv + 3);
         return 0;
     }
-    set_threads(atoi(argv[2]));
+    set_threads(strtoul(argv[2], NULL, 10));
     if (!strcmp(what, "fma")) {
         const real factor = (real)0.999;
         const int numbers = TILE_ROWS * TILE_COLS * thread_count();
         measure_rate(multiply_add, &factor, 2.0 * numbers * ROUNDS);
     } else if (!strcmp(what, "read")) {
         const size_t n = (size_t)1 << 27;       // 0.5 GB of floats, more than a cache holds
-        const Block block = { random_numbers(n), n };
-        measure_rate(read_block, &block, (double)(n * sizeof(real)));
+        const Numbers numbers = { random_numbers(n), n };
+        measure_rate(read_numbers, &numbers, (double)(n * sizeof(real)));
     } else {
         if (argc != 7) fail(WRONG_USAGE, "%s: takes four sizes, see tests/bench.c", what);
         measure_products(what, argv + 3);

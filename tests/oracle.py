@@ -1,19 +1,16 @@
-"""The model a second time, in plain PyTorch: what the C programs are compared with.
+"""Compares the model of tests/reference.py with the C programs, and with the original's numbers.
 
-    python tests/oracle.py check   GOLDEN_DIR...     # this file against the reference's numbers
+    python tests/oracle.py check   GOLDEN_DIR...     # reference.py against the original's numbers
     python tests/oracle.py compare --train ./train --run ./run --export 'python export.py'
-                                                     # the C programs against this file
+                                                     # the C programs against reference.py
 
-Nothing here is fast and nothing is shared with the C code: autograd makes the gradients, loops
-are loops, and everything is computed in the type of the weights that come in. `compare` uses
-float64, so that what it reports is the rounding of the C programs alone.
+Nothing is shared with the C code. `compare` computes in float64, so that what it reports is the
+rounding of the C programs alone.
 
-Needs torch, numpy and safetensors. Letters in the shape comments: B sequences of T tokens,
-N = B*T, d hidden_size, V vocab_size, H heads, R kv_lora_rank, E experts, K of them chosen,
-f the width of an expert.
+Needs torch, numpy and safetensors. Letters as in reference.py; L is the length of a window here.
 
-Contents: [1] the model  [2] loss, gradients, AdamW  [3] checkpoints and random models
-          [4] check      [5] compare                 [6] command line
+Contents: [1] passes over the model, with how clear each choice was  [2] training
+          [3] checkpoints and random models   [4] check   [5] compare   [6] command line
 """
 import argparse, json, math, os, shlex, struct, subprocess, sys, tempfile
 
@@ -21,214 +18,66 @@ import numpy as np
 import torch
 from safetensors.torch import load_file, save_file
 
+import reference
+from reference import is_moe
+
 torch.set_num_threads(1)        # the models are tiny: a second thread only waits
 
 
-# ---- [1] the model ----------------------------------------------------------------------------
+# ---- [1] passes over the model, with how clear each choice was --------------------------------
 
-def rmsnorm(x, weight, eps):                               # x [..., n]   weight [n]
-    return weight * x / torch.sqrt((x * x).mean(-1, keepdim=True) + eps)
-
-
-def linear(w, name, x):                                    # x [..., in] -> [..., out]
-    y = x @ w[name + '.weight'].T
-    return y + w[name + '.bias'] if name + '.bias' in w else y
-
-
-def swiglu(w, name, x):                                    # x [N, d] -> [N, d]
-    gate, up = linear(w, name + '.gate_proj', x), linear(w, name + '.up_proj', x)
-    return linear(w, name + '.down_proj', gate * torch.sigmoid(gate) * up)
+def steps_down(score):
+    """By how much log each number of a row, best first, lies above the next one: [rows, n]. Two
+    zeros are a tie, and behind the last one nothing is close."""
+    value = score.sort(dim=-1, descending=True).values.log()
+    step = (value[:, :-1] - value[:, 1:]).nan_to_num(nan=0.0, posinf=math.inf)
+    return torch.cat([step, torch.full_like(value[:, :1], math.inf)], -1)
 
 
-def is_moe(cfg, layer):
-    return (cfg['n_routed_experts'] is not None and layer >= cfg['first_k_dense_replace']
-            and layer % cfg['moe_layer_freq'] == 0)
-
-
-def mscale(factor, m):
-    return 0.1 * m * math.log(factor) + 1 if factor > 1 else 1.0
-
-
-def rope_tables(cfg, T, dtype):
-    """cos and sin of the angle of every position and pair, both [T, rope/2]."""
-    dim, theta, scaling = cfg['qk_rope_head_dim'], cfg['rope_theta'], cfg['rope_scaling'] or {}
-    i = torch.arange(dim // 2, dtype=torch.float64)
-    p = torch.arange(T, dtype=torch.float64)
-    omega, amplitude = theta ** (-2 * i / dim), 1.0
-    if scaling.get('type') == 'linear':
-        p = p / scaling['factor']
-    elif scaling.get('type') == 'yarn':
-        factor, n0 = scaling['factor'], scaling.get('original_max_position_embeddings', 4096)
-        corr = lambda n: dim * math.log(n0 / (2 * math.pi * n)) / (2 * math.log(theta))
-        low = max(math.floor(corr(scaling.get('beta_fast', 32))), 0)
-        high = min(math.ceil(corr(scaling.get('beta_slow', 1))), dim - 1)
-        ramp = ((i - low) / ((high - low) if high != low else 0.001)).clamp(0, 1)
-        omega = omega / factor * ramp + omega * (1 - ramp)
-        amplitude = (mscale(factor, scaling.get('mscale', 1))
-                     / mscale(factor, scaling.get('mscale_all_dim', 0)))
-    elif scaling:
-        raise ValueError(f'rope_scaling {scaling} is not implemented')
-    angle = p[:, None] * omega
-    return (angle.cos() * amplitude).to(dtype), (angle.sin() * amplitude).to(dtype)
-
-
-def rotate(x, cos, sin):                       # x [T, heads, rope]   cos, sin [T, rope/2]
-    a, b, cos, sin = x[..., 0::2], x[..., 1::2], cos[:, None], sin[:, None]
-    return torch.stack([a * cos - b * sin, a * sin + b * cos], -1).flatten(-2)
-
-
-def attention(cfg, w, name, x):                            # one sequence: x [T, d] -> [T, d]
-    T, H, R = len(x), cfg['num_attention_heads'], cfg['kv_lora_rank']
-    nope, rope, v_dim = cfg['qk_nope_head_dim'], cfg['qk_rope_head_dim'], cfg['v_head_dim']
-    cos, sin = rope_tables(cfg, T, x.dtype)
-    if cfg['q_lora_rank'] is None:
-        q = linear(w, name + '.q_proj', x)
-    else:
-        q = rmsnorm(linear(w, name + '.q_a_proj', x), w[name + '.q_a_layernorm.weight'], 1e-6)
-        q = linear(w, name + '.q_b_proj', q)
-    q_nope, q_rope = q.view(T, H, nope + rope).split([nope, rope], -1)
-    c, k_rope = linear(w, name + '.kv_a_proj_with_mqa', x).split([R, rope], -1)
-    c = rmsnorm(c, w[name + '.kv_a_layernorm.weight'], 1e-6)                    # [T, R]
-    kv = linear(w, name + '.kv_b_proj', c).view(T, H, nope + v_dim)
-    k_nope, v = kv.split([nope, v_dim], -1)
-    q_rope = rotate(q_rope, cos, sin)                                           # [T, H, rope]
-    k_rope = rotate(k_rope[:, None], cos, sin)[:, 0]                            # [T, rope]
-    scale = (nope + rope) ** -0.5
-    scaling = cfg['rope_scaling'] or {}
-    if scaling.get('mscale_all_dim'):
-        scale *= mscale(scaling['factor'], scaling['mscale_all_dim']) ** 2
-    score = (torch.einsum('qhn,khn->hqk', q_nope, k_nope)
-             + torch.einsum('qhr,kr->hqk', q_rope, k_rope)) * scale            # [H, T, T]
-    future = torch.ones(T, T, dtype=torch.bool).triu(1)
-    score = score.masked_fill(future, -math.inf).softmax(-1)
-    return linear(w, name + '.o_proj', torch.einsum('hqk,khv->qhv', score, v).reshape(T, H * v_dim))
-
-
-def largest(s, k):
-    """Columns of the k largest of every row, best first; equal ones by the lower column, which
-    torch.topk does not promise and a stable sort does. Also by how much log s the choice was
-    clear: of the set (the k-th against the next) and of the order (the closest neighbours)."""
-    value, column = s.detach().sort(dim=-1, descending=True, stable=True)
-    step = value.log()[:, :-1] - value.log()[:, 1:]        # [N, n-1]
-    step = torch.cat([step, torch.full_like(value[:, :1], math.inf)], -1)
-    step = step.nan_to_num(nan=0.0, posinf=math.inf)       # two zeros are a tie
-    return column[:, :k], step[:, k - 1], step[:, :k].min(-1).values
-
-
-def route(cfg, gate, x):                                   # gate [E, d]   x [N, d]
-    """The experts of every token, with everything that the tests ask about the choice."""
-    N, E, K = len(x), len(gate), cfg['num_experts_per_tok']
-    s = (x @ gate.T).softmax(-1)                           # [N, E]
-    allowed, group_gap = s, torch.full_like(s[:, 0], math.inf)
+def look_at(cfg, record):
+    """What reference.py recorded of one call of a router, by name, with how clear each token's
+    choice was: `gap` of the set (the K-th expert against the next one), `order_gap` also of the
+    order. Where groups are chosen first, their choice counts, too."""
+    layer, iteration, experts, weights, score = record
+    allowed, K = score.detach(), experts.shape[1]
+    group_gap = torch.full_like(allowed[:, 0], math.inf)
     if cfg['topk_method'] == 'group_limited_greedy':
-        G = cfg['n_group']
-        best = s.view(N, G, E // G).max(-1).values         # [N, G]
-        group, group_gap, _ = largest(best, cfg['topk_group'])
-        mask = torch.zeros_like(best).scatter(1, group, 1.0)
-        allowed = s * mask.repeat_interleave(E // G, 1)
-    elif cfg['topk_method'] != 'greedy':
-        raise ValueError(f'topk_method {cfg["topk_method"]} is not implemented')
-    expert, gap, order_gap = largest(allowed, K)           # [N, K]
-    weight = allowed.gather(1, expert)
-    if cfg['norm_topk_prob'] and K > 1:
-        weight = weight / (weight.sum(-1, keepdim=True) + 1e-20)
-    else:
-        weight = weight * cfg['routed_scaling_factor']
-    return {'experts': expert, 'weights': weight, 'scores': s,
-            'gap': torch.minimum(gap, group_gap), 'order_gap': torch.minimum(order_gap, group_gap)}
-
-
-def balance(cfg, r, B):
-    """Auxiliary loss of one gate call: how often an expert was chosen (a constant to the
-    gradient) times how much the gate likes it."""
-    E, K = r['scores'].shape[1], r['experts'].shape[1]
-    groups = B if cfg['seq_aux'] else 1                    # per sequence, or all tokens as one
-    total = 0.0
-    for s, e in zip(r['scores'].chunk(groups), r['experts'].chunk(groups)):
-        count = torch.bincount(e.flatten(), minlength=E).to(s.dtype)
-        total = total + (count * E / (len(s) * K) * s.mean(0)).sum()
-    return cfg['aux_loss_alpha'] * total / groups
-
-
-def mixture(cfg, w, name, x, r):                           # x [N, d] -> [N, d]
-    y = torch.zeros_like(x)
-    for e in range(cfg['n_routed_experts']):
-        token, rank = (r['experts'] == e).nonzero(as_tuple=True)
-        if len(token):
-            out = swiglu(w, f'{name}.experts.{e}', x[token])
-            y = y.index_add(0, token, r['weights'][token, rank, None] * out)
-    return y + swiglu(w, name + '.shared_experts', x) if cfg['n_shared_experts'] else y
-
-
-def forward(cfg, w, tokens):                               # tokens [B, T]
-    """Logits [B, T, V], one routing record per (layer, iteration), the auxiliary loss."""
-    B, T = tokens.shape
-    upcycled = any('coe_weights' in name for name in w)
-    eps, records, aux = cfg['rms_norm_eps'], [], torch.zeros((), dtype=w['model.norm.weight'].dtype)
-    x = w['model.embed_tokens.weight'][tokens.flatten()]   # [N, d]
-    for layer in range(cfg['num_hidden_layers']):
-        p = f'model.layers.{layer}'
-        h = rmsnorm(x, w[p + '.input_layernorm.weight'], eps)
-        x = x + torch.cat([attention(cfg, w, p + '.self_attn', seq) for seq in h.chunk(B)])
-        r = x
-        x = rmsnorm(x, w[p + '.post_attention_layernorm.weight'], eps)
-        for t in range(cfg['inner_iter'] if is_moe(cfg, layer) else 1):
-            if is_moe(cfg, layer):
-                gate = w[f'{p}.mlp.gate.{t}.weight' if cfg['use_igate'] else f'{p}.mlp.gate.weight']
-                record = {'layer': layer, 'iteration': t, **route(cfg, gate, x)}
-                records.append(record)
-                aux = aux + balance(cfg, record, B)
-                y = mixture(cfg, w, p + '.mlp', x, record)
-            else:
-                y = swiglu(w, p + '.mlp', x)
-            if upcycled:                                   # inner_residual is not looked at
-                x = x + w[f'{p}.mlp.coe_weights.{t - 1}'] * y if t else y
-            else:
-                x = x + y if cfg['inner_residual'] else y
-        if cfg['outer_residual']:
-            x = x + r
-    head = 'model.embed_tokens' if cfg['tie_word_embeddings'] else 'lm_head'
-    logits = linear(w, head, rmsnorm(x, w['model.norm.weight'], eps))
-    return logits.view(B, T, -1), records, aux
+        G, kept = cfg['n_group'], cfg['topk_group']
+        best = allowed.view(len(allowed), G, -1).max(-1).values                 # [B*T, G]
+        group_gap = steps_down(best)[:, kept - 1]
+        enough = best >= best.topk(kept).values[:, -1:]
+        allowed = allowed * enough.repeat_interleave(allowed.shape[1] // G, 1)
+    step = steps_down(allowed)
+    return {'layer': layer, 'iteration': iteration, 'experts': experts, 'weights': weights,
+            'gap': torch.minimum(step[:, K - 1], group_gap),
+            'order_gap': torch.minimum(step[:, :K].min(-1).values, group_gap)}
 
 
 @torch.no_grad()
+def forward(cfg, w, tokens):                               # tokens [B, T]
+    """Logits [B, T, V] and what look_at says of every choice of experts."""
+    records = []
+    logits = reference.logits_forward(cfg, w, reference.forward(cfg, w, tokens, records))
+    return logits.view(*tokens.shape, -1), [look_at(cfg, r) for r in records]
+
+
 def greedy(cfg, w, prompt, n):
-    """The prompt and n more tokens, past EOS too; and how clear the closest choice was, in
-    parts of the largest logit."""
-    ids, margin = list(prompt), math.inf
-    for _ in range(n):
-        last = forward(cfg, w, torch.tensor([ids]))[0][0, -1]
-        two = last.topk(2).values
-        margin = min(margin, ((two[0] - two[1]) / last.abs().max()).item())
-        ids.append(int((last == two[0]).nonzero()[0]))     # ties: the lower id
-    return ids, margin
+    """The prompt and n more tokens, past EOS too; how clear the closest choice of a token was, in
+    parts of the largest logit; and what look_at says of every choice of experts."""
+    ids = reference.generate(cfg, w, list(prompt), n)
+    logits, records = forward(cfg, w, torch.tensor([ids]))
+    logits = logits[0, len(prompt) - 1:-1]                 # [n, V]
+    two = logits.topk(2).values
+    return ids, ((two[:, 0] - two[:, 1]) / logits.abs().max(-1).values).min().item(), records
 
 
-# ---- [2] loss, gradients, AdamW ---------------------------------------------------------------
+# ---- [2] training -----------------------------------------------------------------------------
 
-def cross_entropy(logits, targets):                        # logits [B, T, V]   targets [B, T]
-    return -logits.log_softmax(-1).gather(-1, targets[..., None]).mean()
-
-
-def loss_and_grads(cfg, w, tokens, targets, micro=None, keep=None):
-    """Mean cross entropy, auxiliary loss, and the gradient of their sum by name. With micro,
-    that many sequences are taken at once; each part counts by its number of sequences.
-    keep: a list that gets the routing records."""
-    w = {name: t.detach().requires_grad_() for name, t in w.items()}
-    grads = {name: torch.zeros_like(t) for name, t in w.items()}
-    micro, ce_sum, aux_sum = micro or len(tokens), 0.0, 0.0
-    for x, y in zip(tokens.split(micro), targets.split(micro)):
-        logits, records, aux = forward(cfg, w, x)
-        share, ce = len(x) / len(tokens), cross_entropy(logits, y)
-        parts = torch.autograd.grad((ce + aux) * share, list(w.values()), allow_unused=True)
-        for g, part in zip(grads.values(), parts):
-            if part is not None:                           # None: an expert that nobody chose
-                g += part
-        ce_sum, aux_sum = ce_sum + ce.item() * share, aux_sum + aux.item() * share
-        if keep is not None:
-            keep += records
-    return ce_sum, aux_sum, grads
+def loss_and_grads(cfg, w, tokens, targets, micro=None):
+    """Mean cross entropy, balancing losses, the gradient of their sum by name, and what look_at
+    says of every choice of experts. With micro, that many sequences are taken at once."""
+    loss, aux, grads, records = reference.batch_gradient(cfg, w, tokens, targets, micro)
+    return loss, aux, grads, [look_at(cfg, r) for r in records]
 
 
 def windows(stream, first, B, L):                          # inputs and targets, both [B, L]
@@ -243,29 +92,22 @@ def adamw(cfg, w, stream, B, L, steps, lr, warmup_steps=0, betas=(0.9, 0.95), ep
     """Trains on the windows of the stream in file order, at a constant rate after the warm-up.
     Yields after every step (log, weights): the loss before the update, aux_loss, grad_norm
     before clipping, and how clear every choice of experts was (gaps)."""
-    w = {name: t.clone() for name, t in w.items()}
+    recipe = {'learning_rate': lr, 'warmup_steps': warmup_steps, 'max_steps': steps,
+              'lr_scheduler': 'constant', 'adam_beta1': betas[0], 'adam_beta2': betas[1],
+              'adam_epsilon': eps, 'weight_decay': weight_decay, 'max_grad_norm': clip}
+    w = dict(w)
     m = {name: torch.zeros_like(t) for name, t in w.items()}
     v = {name: torch.zeros_like(t) for name, t in w.items()}
     for step in range(steps):
-        records = []
-        loss, aux, grads = loss_and_grads(cfg, w, *windows(stream, step * B, B, L), micro, records)
-        norm = math.sqrt(sum((g * g).sum().item() for g in grads.values()))
-        factor = clip / (norm + 1e-6) if clip and norm > clip else 1.0
-        rate = lr * min(1.0, (step + 1) / warmup_steps) if warmup_steps else lr
-        for name, g in grads.items():
-            g = g * factor
-            m[name] = betas[0] * m[name] + (1 - betas[0]) * g
-            v[name] = betas[1] * v[name] + (1 - betas[1]) * g * g
-            m_hat = m[name] / (1 - betas[0] ** (step + 1))
-            v_hat = v[name] / (1 - betas[1] ** (step + 1))
-            w[name] = w[name] * (1 - rate * weight_decay) - rate * m_hat / (v_hat.sqrt() + eps)
+        loss, aux, grads, records = loss_and_grads(cfg, w, *windows(stream, step * B, B, L), micro)
+        norm = reference.adamw(w, m, v, grads, recipe, step)
         gaps = torch.cat([r['gap'] for r in records] or [torch.tensor([math.inf])])
-        yield {'step': step, 'lr': rate, 'loss': loss, 'aux_loss': aux, 'grad_norm': norm,
-               'gaps': gaps}, w
+        yield {'step': step, 'lr': reference.learning_rate(recipe, step), 'loss': loss,
+               'aux_loss': aux, 'grad_norm': norm, 'gaps': gaps}, w
 
 
 def adamw_steps(*args, **kwargs):
-    """The same, all steps at once: (a list with the log of every step, the weights afterwards)."""
+    """All steps of adamw at once: (a list with the log of every step, the weights afterwards)."""
     done = list(adamw(*args, **kwargs))
     return [log for log, _ in done], done[-1][1]
 
@@ -464,8 +306,7 @@ def check(folder):
         scalars = json.load(f)
     rep = Report(os.path.basename(os.path.normpath(folder)))
     tokens, targets = gold['tokens'].long(), gold['targets'].long()
-    with torch.no_grad():
-        logits, records, _ = forward(cfg, w, tokens)
+    logits, records = forward(cfg, w, tokens)
     rep.add('logits', far(logits, gold['logits']), 2e-5)
     calls = {name for name in gold if name.startswith('routing.')}
     rep.same('routing', len(calls) == 2 * len(records), 'number of gate calls')
@@ -474,7 +315,7 @@ def check(folder):
         rep.same('routing', torch.equal(r['experts'], gold[p + 'experts'].long()), p)
         rep.add('weights', far(r['weights'], gold[p + 'weights']), 2e-5, p)
 
-    loss, aux, grads = loss_and_grads(cfg, w, tokens, targets)
+    loss, aux, grads, _ = loss_and_grads(cfg, w, tokens, targets)
     rep.add('loss', abs(loss / scalars['loss'] - 1), 1e-5)
     rep.add('aux', abs(aux / scalars['aux_loss'] - 1), 1e-5)
     want = {name[5:]: g for name, g in gold.items() if name.startswith('grad.')}
@@ -483,7 +324,7 @@ def check(folder):
     rep.add('grads', worst, 1e-4, name)
 
     prompt = scalars['prompt_tokens']
-    ids, _ = greedy(cfg, w, gold['tokens'][0, :prompt].tolist(), scalars['new_tokens'])
+    ids, _, _ = greedy(cfg, w, gold['tokens'][0, :prompt].tolist(), scalars['new_tokens'])
     rep.same('greedy', ids == gold['greedy'].tolist())
 
     a, steps = scalars['adamw'], scalars['trajectory']
@@ -502,7 +343,7 @@ def check(folder):
 
 # How clear every choice of an expert must be, in log score: for one pass, many times the error
 # that float32 makes there. Training accumulates errors, so there the error is measured: how far
-# a float32 run of this file is from a float64 one.
+# a float32 run of reference.py is from a float64 one.
 CLEAR = 1e-4
 CLEAR_TRAIN = 10            # times that error
 CALM = 1e-5                 # and its loss and weights must not be further away than this, relative:
@@ -531,10 +372,15 @@ def unpack(data, cfg, w):
 
 
 def read_model(path, cfg, w):
+    """Tensors by name out of a model.bin of version 1 or 2; its weights start behind the header,
+    the config (a section in version 2, in the header of version 1), files and tokenizer."""
     with open(path, 'rb') as f:
         data = f.read()
-    files, tokenizer = struct.unpack_from('<QQ', data, 16)
-    return unpack(data[1024 + files + tokenizer:], cfg, w)
+    version, = struct.unpack_from('<I', data, 4)
+    header = 1024, *struct.unpack_from('<QQ', data, 16)
+    if version == 2:
+        header = 64, *struct.unpack_from('<QQQ', data, 24)
+    return unpack(data[sum(header):], cfg, w)
 
 
 def read_tsv(path):
@@ -566,15 +412,12 @@ def draw(rng, cfg, steps):
     # The more gate calls a token goes through, the fewer tokens, or there is always a close call.
     calls = cfg['inner_iter'] * sum(is_moe(cfg, l) for l in range(cfg['num_hidden_layers']))
     ids = torch.tensor(rng.integers(0, V, (1, int(rng.integers(9, 21 if calls > 4 else 41)))))
-    with torch.no_grad():
-        logits, routing, _ = forward(cfg, w, ids)
-        logits32 = forward(cfg, w32, ids)[0]
+    logits, routing = forward(cfg, w, ids)
+    logits32 = forward(cfg, w32, ids)[0]
     # order_gap: the trace has the order of the experts, too.
     if clear(routing, 'order_gap') < CLEAR or far(logits32.double(), logits) > CALM / 10:
         return None
-    continued, margin = greedy(cfg, w, ids[0, :7].tolist(), 12)
-    with torch.no_grad():
-        greedy_records = forward(cfg, w, torch.tensor([continued]))[1]
+    continued, margin, greedy_records = greedy(cfg, w, ids[0, :7].tolist(), 12)
     if margin < 1e-3 or clear(greedy_records) < CLEAR:
         return None
 
@@ -583,8 +426,8 @@ def draw(rng, cfg, steps):
     B, L = int(rng.integers(1, 4)), int(rng.integers(2, 5 if calls > 4 else 11))
     micro, clip = int(rng.integers(1, B + 1)), int(rng.choice([1, 1, 5, 0]))    # 0: no clipping
     stream = torch.tensor(np.resize(rng.integers(0, V, 2 * B * L), steps * B * L + 1))
-    records, batch = [], windows(stream, 0, B, L)
-    grads = loss_and_grads(cfg, w, *batch, keep=records)[2]
+    batch = windows(stream, 0, B, L)
+    grads, records = loss_and_grads(cfg, w, *batch)[2:]
     grads32 = loss_and_grads(cfg, w32, *batch)[2]
     if clear(records) < CLEAR or far_grads(grads32, grads)[0] > CALM / 5:
         return None
@@ -611,7 +454,7 @@ def compare(case, name, opt, folder):
     """Every number of one case against the C programs; True where all are near enough."""
     cfg, w, B, L = case['cfg'], case['w'], case['B'], case['L']
     rep = Report(name)
-    # The C programs round no worse than this file does in float32, but in another order.
+    # The C programs round no worse than reference.py does in float32, but in another order.
     limit = min(max(30 * case['noise'], 5e-5), opt.tolerance)
     path = lambda file: os.path.join(folder, file)
     save(path('hf'), cfg, case['w32'])
@@ -671,9 +514,9 @@ def compare(case, name, opt, folder):
         for n in w:
             rep.add('after', far_norm(after[n].double(), case['after'][n]), limit, n)
         n = B * len(case['log'])                           # the windows of the whole stream
-        with torch.no_grad():
-            x, y = windows(case['stream'], 0, n, L)
-            want = cross_entropy(forward(cfg, case['after'], x)[0], y).item()
+        x, y = windows(case['stream'], 0, n, L)
+        logits = forward(cfg, case['after'], x)[0].flatten(0, 1)
+        want = reference.cross_entropy(logits, y.flatten()).mean().item()
         val = dict(line.split(maxsplit=1) for line in out.splitlines() if ' ' in line)
         rep.add('val_loss', abs(float(val.get('val_loss', 'nan')) / want - 1), limit)
     except Exception as e:                                 # whatever it is, this model failed
@@ -684,11 +527,11 @@ def compare(case, name, opt, folder):
 # ---- [6] command line -------------------------------------------------------------------------
 
 def main():
-    parser = argparse.ArgumentParser(description='the model a second time, in PyTorch')
+    parser = argparse.ArgumentParser(description='compares tests/reference.py with the C programs')
     sub = parser.add_subparsers(dest='command', required=True)
-    c = sub.add_parser('check', help='this file against golden folders')
+    c = sub.add_parser('check', help='reference.py against golden folders')
     c.add_argument('folders', nargs='+')
-    c = sub.add_parser('compare', help='the C programs against this file, on random models')
+    c = sub.add_parser('compare', help='the C programs against reference.py, on random models')
     c.add_argument('--train', default='./train')
     c.add_argument('--run', default='./run')
     c.add_argument('--export', default='python export.py')

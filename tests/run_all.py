@@ -23,8 +23,8 @@ ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 os.chdir(ROOT)
 CC = os.environ.get("CC", "cc")
 WARN = "-Wall -Wextra -Wno-unused-function -Wno-unknown-pragmas"
-PLAIN = os.environ.get("PLAIN", f"{CC} {WARN} -O3 -march=native")       # without OpenMP
-BUILD = os.environ.get("BUILD", PLAIN)
+SERIAL = os.environ.get("SERIAL", f"{CC} {WARN} -O3 -fno-math-errno -march=native")   # no OpenMP
+BUILD = os.environ.get("BUILD", SERIAL)
 SANITIZE = os.environ.get("SANITIZE", f"{CC} {WARN} -O1 -g -fsanitize=address,undefined "
                                       "-fno-sanitize-recover=undefined")
 CONFIGS = int(os.environ.get("ORACLE_CONFIGS", "4"))   # random models to compare with PyTorch
@@ -79,19 +79,27 @@ def run_tests(group):
 # ---- building ------------------------------------------------------------------------------------
 
 def builds():
-    """What is compiled: (file in build/, command without the output, source)."""
+    """What is compiled: (file in build/, command without the output, sources)."""
     yield "coe.o", f"{BUILD} -c", "coe.c"               # it compiles alone
-    yield "run-plain", f"{CC} -O3", "run.c"             # as the README says
-    yield "train-plain", PLAIN, "train.c"
+    yield "run-generic", f"{CC} -O3", "run.c"           # as the README says
+    yield "run-single", f"{CC} -O3", "build/run-single.c"
+    yield "train-single", SERIAL, "build/train-single.c"
+    yield "run-plain", f"{BUILD} -DPLAIN", "run.c"
+    yield "train-serial", SERIAL, "train.c"
     yield "dump_grads", BUILD, "tests/dump_grads.c"
     yield "bench", BUILD, "tests/bench.c"
-    for source in ("test_ops", "test_model", "test_grad"):
-        yield source, BUILD, f"tests/{source}.c"
-    for source in ("test_ops", "test_model"):
-        yield source + "_double", BUILD + " -DREAL=double", f"tests/{source}.c"
+    for name, flags, source in (
+            ("test_ops", "", "test_ops"), ("test_ops_double", " -DREAL=double", "test_ops"),
+            ("test_model", "", "test_model"), ("test_model_double", " -DREAL=double", "test_model"),
+            ("test_grad", "", "test_grad")):
+        yield name, BUILD + flags, SOURCES_OF.get(source, f"tests/{source}.c")
     if has_sanitizers():
-        yield "test_ops_debug", SANITIZE, "tests/test_ops.c"
+        yield "test_ops_debug", SANITIZE, SOURCES_OF["test_ops"]
         yield "test_model_debug", SANITIZE + " -DREAL=double", "tests/test_model.c"
+
+
+# The plain operations are compared with the fast ones of the same names: a second unit.
+SOURCES_OF = {"test_ops": "tests/test_ops.c tests/plain_ops.c"}
 
 
 def has_sanitizers():
@@ -102,8 +110,8 @@ def has_sanitizers():
 
 
 def build(what):
-    output, compiler, source = what
-    command = [*shlex.split(compiler), "-o", "build/" + output, source]
+    output, compiler, sources = what
+    command = [*shlex.split(compiler), "-o", "build/" + output, *sources.split()]
     code, text, _ = call(command + ([] if output.endswith(".o") else ["-lm"]))
     return output, code, f"{' '.join(command)}\n{text}" if text else ""
 
@@ -111,6 +119,8 @@ def build(what):
 def build_all(pool):
     """Returns what could be built."""
     start = time.monotonic()
+    code, text, _ = call(["make", "-s", "single"])
+    report("make single", code == 0, code != 0, text=text)
     results = list(pool.map(build, list(builds())))
     built = {output for output, code, _ in results if code == 0}
     report("compiled", len(built), len(results) - len(built), 0, time.monotonic() - start,
@@ -132,6 +142,40 @@ def check_contents():
             wrong.append(f"{path}: the contents list {sorted(set(listed) - set(banners))}, "
                          f"the banners {sorted(set(banners) - set(listed))}")
     report("contents of coe.c, train.c, run.c", 3 - len(wrong), len(wrong), text="\n".join(wrong))
+
+
+def check_house():
+    """What keeps the model readable: the model alone is in coe.c and train.c, and both stay short."""
+    wrong, tests, text = [], 0, {}
+    for path in ("coe.c", "train.c", "run.c", *sorted(glob.glob("lib/*.h"))):
+        with open(path) as f:
+            text[path] = f.read()
+
+    def must(ok, what):
+        nonlocal tests
+        tests += 1
+        if not ok:
+            wrong.append(what)
+    for path, most in (("coe.c", 1050), ("train.c", 1200)):
+        must(text[path].count("\n") <= most, f"{path} has more than {most} lines")
+        for word in ("vec", "LANES", "TILE_\\w+", "panel", "spread", "per_word", "pack", "Product"):
+            must(not re.search(rf"\b{word}\b", text[path]), f"{path}: {word} belongs to lib/kernels.h")
+        for name, arguments in re.findall(r"^[a-z].*?(\w+)\(([^;{]*?)\)\s*\{", text[path], re.M):
+            must(arguments.count(",") < 9, f"{path}: {name} has more than nine arguments")
+    forward = text["coe.c"].split("\nstatic void forward(")[0].count("\n")
+    must(forward < 950, f"coe.c: forward() begins at line {forward}, must be before 950")
+    must(text["coe.c"].count("PLAIN") == 1 and "PLAIN" not in text["train.c"], "one place for PLAIN")
+    for path, lines in text.items():
+        long = [n for n, line in enumerate(lines.splitlines(), 1) if len(line) > 100]
+        must(not long, f"{path}: lines {long} have more than 100 columns")
+    fields = re.search(r"typedef struct \{\n([^}]*)\} Config;", text["coe.c"])[1]
+    fields = [name for line in re.findall(r"^ +\w+ ([\w, ]+);", fields, re.M)
+              for name in line.split(", ")]
+    table = text["lib/config.h"].split("config_keys[] = {")[1].split("};")[0]
+    rows = re.findall(r"ROW\((\w+),|KEY_AS\(Config, (\w+),", table)
+    must(fields == [a or b for a, b in rows],
+         f"Config and lib/config.h: only one has {set(fields) ^ {a or b for a, b in rows}}")
+    report("the house: sizes, places, columns", tests - len(wrong), len(wrong), text="\n".join(wrong))
 
 
 # ---- Python packages -----------------------------------------------------------------------------
@@ -190,12 +234,13 @@ def main():
     with ThreadPoolExecutor(2) as pool:
         built = build_all(pool)
         check_contents()
+        check_house()
         groups = [(f"build/{name}", [f"build/{name}", *args]) for name, *args in (
             ("test_model_debug", "5"), ("test_ops_debug",), ("test_grad",), ("test_ops",),
             ("test_ops_double",), ("test_model",), ("test_model_double",)) if name in built]
         if not built & {"test_ops_debug"}:
             report("sanitizers", 0, 0, 2, text=f"not with this compiler: {SANITIZE}")
-        for name, *args in (("test_train", "./train", "build/train-plain"), ("test_run", "./run"),
+        for name, *args in (("test_train", "./train", "build/train-serial"), ("test_run", "./run"),
                             ("test_golden", "./train", "build/dump_grads"),
                             ("test_task", "./train"),
                             ("test_bench", "./train", "./run", "build/bench")):

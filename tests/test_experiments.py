@@ -92,11 +92,14 @@ def tokenizer(pieces):
 
 
 def write_model(path, kind=1, section=b"", layers=2, E=4, K=2, C=2):
-    """The header of a model.bin and its tokenizer: what the scripts read of it."""
-    slots = [0] * 128
-    slots[3], slots[6], slots[16], slots[20] = len(section), kind, 258, layers
-    slots[22], slots[23], slots[24], slots[30] = 1, E, K, C
-    return write(path, b"COE1\1\0\0\0" + struct.pack("<127q", *slots[1:]) + section)
+    """The header of a model.bin of version 1 and its tokenizer: what the scripts read of it."""
+    slots = [1024 + len(section), 0, len(section), 0, 0, kind, 0] + [0] * 8 + [
+        258, 8, 8, 4, layers, 2, 1, E, K, 4, 0, 4, 4, 4, C, 1, 0, 1, 0, 1, 1, 0, 1.0, 1, 1, 0.001,
+        1, 1e-6, 1e4, 0, 1.0, 4096, 32.0, 1.0, 1.0, 0.0, 64, 0, 1, 0.02, -1, -1, 0, -1.0, -1, -1.0,
+        -1.0, -1.0, 0, 0]
+    header = b"COE1\1\0\0\0" + b"".join(
+        struct.pack("<d" if isinstance(value, float) else "<q", value) for value in slots)
+    return write(path, header.ljust(1024, b"\0") + section)
 
 
 # Layer 0 is dense. For each token: id, then (expert, weight) by rank in iterations 0 and 1.
@@ -179,7 +182,7 @@ def test_faults(folder):
     _, err = script("routing.py", here("model.bin"), here("none.tsv"), code=1)
     equal("a missing file", err, f"routing: {here('none.tsv')}: No such file or directory\n")
     _, err = script("viewer.py", write(here("no.bin"), "x" * 2000), here("none.tsv"), code=1)
-    check("no model", err.startswith("viewer: ") and "no model.bin" in err, err)
+    check("no model", err.startswith("viewer: ") and "a model.bin starts with COE1" in err, err)
 
 
 def test_tokenizers(folder):

@@ -3,8 +3,8 @@
 Ends in a line `N passed, N failed`. Needs what requirements.txt says, ./run and ./train, and
 tests/golden, the checkpoints that came out of the reference implementation.
 """
-import contextlib, io, json, math, os, resource, shutil, signal, struct, subprocess, sys, tempfile
-import time, traceback
+import contextlib, io, json, math, os, re, resource, shutil, signal, struct, subprocess, sys
+import tempfile, time, traceback, zlib
 
 HERE = os.path.dirname(os.path.abspath(__file__))
 EXPORT = os.path.join(os.path.dirname(HERE), "export.py")
@@ -94,22 +94,118 @@ def same(a, b):
 
 # ---- a reader of model.bin, written from the description of the format alone -------------------
 
+# The slots of version 1 behind the sizes: . is float64, words are those of an enumeration, the rest
+# are int64. Eight slots are reserved behind the first three.
+VERSION_1 = """weight_type=f32,bf16,q8 tokenizer=none,bytes,bpe coe_weights=false,true
+    0 0 0 0 0 0 0 0 vocab_size hidden_size intermediate_size moe_intermediate_size num_hidden_layers
+    num_attention_heads n_shared_experts n_routed_experts num_experts_per_tok kv_lora_rank
+    q_lora_rank qk_nope_head_dim qk_rope_head_dim v_head_dim inner_iter inner_residual=false,true
+    outer_residual=false,true use_igate=false,true topk_method=greedy,group_limited_greedy n_group
+    topk_group norm_topk_prob=false,true routed_scaling_factor. first_k_dense_replace moe_layer_freq
+    aux_loss_alpha. seq_aux=false,true rms_norm_eps. rope_theta. rope_scaling.type=null,linear,yarn
+    rope_scaling.factor. rope_scaling.original_max_position_embeddings rope_scaling.beta_fast.
+    rope_scaling.beta_slow. rope_scaling.mscale. rope_scaling.mscale_all_dim.
+    max_position_embeddings attention_bias=false,true tie_word_embeddings=false,true
+    initializer_range. bos_token_id eos_token_id torch_dtype=float32,bfloat16 temperature. top_k
+    top_p. min_p. repetition_penalty. add_bos_token=false,true chat_template=none,deepseek_v2
+    """.split()
+NULLS = {"n_shared_experts": "0", "n_routed_experts": "0", "q_lora_rank": "0",
+         "bos_token_id": "-1", "eos_token_id": "-1"}
+SIZES = "file_bytes", "config_bytes", "files_bytes", "tokenizer_bytes", "state_bytes"
+
+
+def read_header(data):
+    """Of either version: ({size: bytes}, {key: the text of its line})"""
+    version, = struct.unpack_from("<I", data, 4)
+    assert data[:4] == b"COE1" and version in (1, 2)
+    if version == 2:
+        crc, zero, *sizes, last = struct.unpack_from("<2I6Q", data, 8)
+        assert crc == zlib.crc32(data[12:]) and zero == last == 0
+        text = data[64:64 + sizes[1]].rstrip(b"\0")
+        assert sizes[1] == -(-len(text) // 64) * 64 and text.endswith(b"\n")
+        lines = [line.split(" ", 1) for line in text.decode().split("\n")[:-1]]
+        assert len(dict(lines)) == len(lines)
+        return dict(zip(SIZES, sizes)), dict(lines)
+    file, *sizes = struct.unpack_from("<4q", data, 8)
+    sizes, lines = dict(zip(SIZES, (file, 1024 - 64, *sizes))), {}
+    for slot, row in enumerate(VERSION_1, 5):
+        name, _, words = row.partition("=")
+        value, = struct.unpack_from("<d" if name[-1] == "." else "<q", data, 8 * slot)
+        text = words.split(",")[value] if words else repr(value).removesuffix(".0")
+        name = name.removesuffix(".")
+        lines[name] = "null" if NULLS.get(name) == text else text
+    assert lines.pop("0") == "0" and not any(data[8 * slot + 8:1024])
+    return sizes, lines
+
+
+def version_1(data):
+    """The file of version 1 that says the same as this one of version 2."""
+    sizes, lines = read_header(data)
+    start, end = 64 + sizes["config_bytes"], sizes["file_bytes"]
+    out = struct.pack("<4sI4q", b"COE1", 1, 1024 + end - start, *(sizes[n] for n in SIZES[2:]))
+    for row in VERSION_1:
+        name, _, words = row.partition("=")
+        text = lines.get(name.removesuffix("."), "0")
+        if text == "null" and not words:
+            text = NULLS[name]
+        out += (struct.pack("<d", float(text)) if name[-1] == "." else
+                struct.pack("<q", words.split(",").index(text) if words else int(text)))
+    return out.ljust(1024, b"\0") + data[start:]
+
+
+def sealed(data):
+    """data with the CRC-32 that belongs to it."""
+    return data[:8] + struct.pack("<I", zlib.crc32(data[12:])) + data[12:]
+
+
+def with_config(data, config, pad=None):
+    """A model.bin with these bytes in place of its config, and zeros behind them."""
+    sizes = list(struct.unpack_from("<5Q", data, 16))
+    config += bytes(-len(config) % 64) if pad is None else pad
+    start, sizes[1] = 64 + sizes[1], len(config)
+    sizes[0] = 64 + len(config) + len(data) - start
+    return sealed(data[:16] + struct.pack("<5Q", *sizes) + data[56:64] + config + data[start:])
+
+
+def with_lines(data, lines):
+    return with_config(data, "".join(f"{k} {v}\n" for k, v in lines.items()).encode())
+
+
+def changed(data, **values):
+    """A model.bin in which some keys have other values, as ./train's options change them."""
+    return with_lines(data, read_header(data)[1] | {k: str(v) for k, v in values.items()})
+
+
 def read_model_bin(path, quantised=None):
-    """The slots, and the tensors by name. quantised: a dict for the int8 and scales of q8."""
+    """The config, as {key: value}, and the tensors by name. quantised: a dict for the int8 and
+    scales of q8."""
     data = read(path)
-    s = struct.unpack("<128q", data[:1024])
-    assert data[:8] == b"COE1\1\0\0\0" and s[1] == len(data)
-    V, d, I, f, L, H, S, E, K, R, r, dn, dr, dv, C = s[16:31]
-    G, dense, freq, bias, tied, coe = s[33] and C, s[39], s[40], s[53], s[54], s[7]
-    gates = [f"mlp.gate.{t}.weight" for t in range(C)] if G else ["mlp.gate.weight"]
-    at, out, offsets = 1024 + s[2] + s[3], {}, []
+    sizes, lines = read_header(data)
+    assert sizes["file_bytes"] == len(data)
+    c = {}
+    for name, text in lines.items():
+        try:
+            c[name] = json.loads(text)
+        except ValueError:                                     # a bare word
+            c[name] = text
+    V, d, I, f, L, H = (c[k] for k in ("vocab_size", "hidden_size", "intermediate_size",
+                                       "moe_intermediate_size", "num_hidden_layers",
+                                       "num_attention_heads"))
+    S, E, R, r = (c[k] or 0 for k in ("n_shared_experts", "n_routed_experts", "kv_lora_rank",
+                                      "q_lora_rank"))
+    dn, dr, dv, C = (c[k] for k in ("qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim",
+                                    "inner_iter"))
+    dense, freq, bias = (c[k] for k in ("first_k_dense_replace", "moe_layer_freq",
+                                        "attention_bias"))
+    gates = [f"mlp.gate.{t}.weight" for t in range(C)] if c["use_igate"] else ["mlp.gate.weight"]
+    at, out, offsets = 64 + sum(sizes[name] for name in SIZES[1:4]), {}, []
 
     def take(names, *shape, matrix=True):
         nonlocal at
         at += -at % 64                                         # only a stack's first is aligned
         offsets.append(at)
         for name in names:
-            if matrix and s[5] == 2:
+            if matrix and c["weight_type"] == "q8":
                 rows, cols = shape
                 groups = (cols + 63) // 64
                 q = np.frombuffer(data, np.int8, rows * cols, at).reshape(shape)
@@ -120,7 +216,7 @@ def read_model_bin(path, quantised=None):
                 if quantised is not None:
                     quantised[name] = q, scale
                 continue
-            kind = np.dtype("bfloat16" if matrix and s[5] == 1 else "<f4")
+            kind = np.dtype("bfloat16" if matrix and c["weight_type"] == "bf16" else "<f4")
             out[name] = np.frombuffer(data, kind, math.prod(shape), at).reshape(shape)
             at += out[name].nbytes
 
@@ -149,15 +245,16 @@ def read_model_bin(path, quantised=None):
                 many([f"mlp.experts.{e}.{part}_proj.weight" for e in range(E)], *shape)
             for part, shape in (("gate", (f * S, d)), ("up", (f * S, d)), ("down", (d, f * S))):
                 if S: one(f"mlp.shared_experts.{part}_proj.weight", *shape)
-            if coe: many([f"mlp.coe_weights.{t}" for t in range(C - 1)], d, matrix=False)
+            if c["coe_weights"]:
+                many([f"mlp.coe_weights.{t}" for t in range(C - 1)], d, matrix=False)
         else:
             for part, shape in (("gate", (I, d)), ("up", (I, d)), ("down", (d, I))):
                 one(f"mlp.{part}_proj.weight", *shape)
     take(["model.norm.weight"], d, matrix=False)
-    if not tied: take(["lm_head.weight"], V, d)
+    if not c["tie_word_embeddings"]: take(["lm_head.weight"], V, d)
     at += -at % 64
-    assert at + s[4] == len(data) and all(o % 64 == 0 for o in offsets)
-    return s, out
+    assert at + sizes["state_bytes"] == len(data) and all(o % 64 == 0 for o in offsets)
+    return c, out
 
 
 # ---- tests ------------------------------------------------------------------------------------
@@ -232,45 +329,77 @@ def test_golden(tmp):
                                        "AutoModelForCausalLM": "modeling_coe.CoeForCausalLM"}, name)
         check(back == config, f"{name}: config.json comes back")
         check(sorted(os.listdir(f"{tmp}/{name}")) == ["config.json", "model.safetensors"], name)
-        slots, found = read_model_bin(f"{tmp}/{name}.bin")
+        c, found = read_model_bin(f"{tmp}/{name}.bin")
         check(same(found, weights), f"{name}: the tensors in model.bin")
-        check(slots[0] >> 32 == 1 and slots[5] == slots[6] == 0 and slots[58] == 0, "slots")
+        check((c["weight_type"], c["tokenizer"], c["torch_dtype"]) == ("f32", "none", "float32")
+              and read(f"{tmp}/{name}.bin")[:8] == b"COE1\2\0\0\0", f"{name}: {c}")
 
 
-def test_slots(tmp):
-    """The header, number by number, of a checkpoint in which no two values are alike."""
+def test_lines(tmp):
+    """The config, line by line, of a checkpoint in which no two values are alike."""
     config, weights = golden("deepseek-v2")
     config |= {"aux_loss_alpha": 0.25, "rms_norm_eps": 2e-5, "rope_theta": 12345.5,
                "seq_aux": False, "initializer_range": 0.03, "bos_token_id": None, "eos_token_id": 7}
     config["rope_scaling"] |= {"beta_fast": 30, "beta_slow": 2, "mscale": 0.5}
     generation = {"temperature": 0.3, "top_k": 5, "top_p": 0.9, "repetition_penalty": 1.5, "x": "y"}
-    checkpoint(f"{tmp}/slots", config, weights, generation_config=generation,
+    checkpoint(f"{tmp}/lines", config, weights, generation_config=generation,
                tokenizer_config={"add_bos_token": True}, special_tokens_map="{ }\n")
-    good(f"{tmp}/slots", f"{tmp}/slots.bin")
-    data = read(f"{tmp}/slots.bin")
-    i = lambda a, b: list(struct.unpack_from(f"<{b - a + 1}q", data, 8 * a))
-    d = lambda a, b: list(struct.unpack_from(f"<{b - a + 1}d", data, 8 * a))
-    check(i(16, 26) == [64, 32, 48, 16, 3, 2, 2, 8, 3, 16, 20], f"16..26: {i(16, 26)}")
-    check(i(27, 37) == [8, 8, 8, 1, 0, 1, 1, 1, 4, 2, 0], f"27..37: {i(27, 37)}")
-    check(d(38, 38) == [2.5] and i(39, 40) == [1, 1] and d(41, 41) == [0.25], "38..41")
-    check(i(42, 42) == [0] and d(43, 44) == [2e-5, 12345.5] and i(45, 45) == [2], "42..45")
-    check(d(46, 46) == [4] and i(47, 47) == [16] and d(48, 51) == [30, 2, 0.5, 0.707], "46..51")
-    check(i(52, 54) == [128, 0, 0] and d(55, 55) == [0.03] and i(56, 58) == [-1, 7, 0], "52..58")
-    check(d(59, 59) == [0.3] and i(60, 60) == [5] and d(61, 63) == [0.9, -1, 1.5], "59..63")
-    check(i(64, 65) == [1, 0], "add_bos_token, chat_template")
-    check(not any(data[8 * 8:16 * 8]) and not any(data[66 * 8:1024]), "reserved slots are 0")
-    good(f"{tmp}/slots.bin", f"{tmp}/slots2")
+    good(f"{tmp}/lines", f"{tmp}/lines.bin")
+    sizes, lines = read_header(read(f"{tmp}/lines.bin"))
+    wanted = """weight_type f32|tokenizer none|coe_weights false|vocab_size 64|hidden_size 32
+        intermediate_size 48|moe_intermediate_size 16|num_hidden_layers 3|num_attention_heads 2
+        n_shared_experts 2|n_routed_experts 8|num_experts_per_tok 3|kv_lora_rank 16|q_lora_rank 20
+        qk_nope_head_dim 8|qk_rope_head_dim 8|v_head_dim 8|inner_iter 1|inner_residual false
+        outer_residual true|use_igate true|topk_method group_limited_greedy|n_group 4|topk_group 2
+        norm_topk_prob false|routed_scaling_factor 2.5|first_k_dense_replace 1|moe_layer_freq 1
+        aux_loss_alpha 0.25|seq_aux false|rms_norm_eps 2e-05|rope_theta 12345.5
+        rope_scaling.type yarn|rope_scaling.factor 4
+        rope_scaling.original_max_position_embeddings 16|rope_scaling.beta_fast 30
+        rope_scaling.beta_slow 2|rope_scaling.mscale 0.5|rope_scaling.mscale_all_dim 0.707
+        max_position_embeddings 128|attention_bias false|tie_word_embeddings false
+        initializer_range 0.03|bos_token_id null|eos_token_id 7|torch_dtype float32|temperature 0.3
+        top_k 5|top_p 0.9|min_p -1|repetition_penalty 1.5|add_bos_token true|chat_template none"""
+    wanted = [line.strip() for line in wanted.replace("\n", "|").split("|")]
+    check([f"{k} {v}" for k, v in lines.items()] == wanted, f"{lines}")
+    check(sizes["tokenizer_bytes"] == sizes["state_bytes"] == 0 < sizes["files_bytes"], f"{sizes}")
+    good(f"{tmp}/lines.bin", f"{tmp}/lines2")
     for name in ("generation_config.json", "tokenizer_config.json", "special_tokens_map.json"):
-        check(read(f"{tmp}/slots/{name}") == read(f"{tmp}/slots2/{name}"), f"{name} verbatim")
-    back = json.loads(read(f"{tmp}/slots2/config.json"))
+        check(read(f"{tmp}/lines/{name}") == read(f"{tmp}/lines2/{name}"), f"{name} verbatim")
+    back = json.loads(read(f"{tmp}/lines2/config.json"))
     check(all(back[key] == config[key] for key in config), "config.json comes back")
-    for generation, slots in (
+    names = "temperature", "top_k", "top_p", "min_p", "repetition_penalty"
+    for generation, values in (
             ({"do_sample": False, "temperature": 0.6}, [0, -1, -1, -1, -1]),
             ({"do_sample": True, "min_p": 0.1, "top_k": None}, [-1, -1, -1, 0.1, -1])):
-        write(f"{tmp}/slots/generation_config.json", generation)
-        good(f"{tmp}/slots", f"{tmp}/slots.bin")
-        data = read(f"{tmp}/slots.bin")
-        check([*d(59, 59), *i(60, 60), *d(61, 63)] == slots, f"{generation}")
+        write(f"{tmp}/lines/generation_config.json", generation)
+        good(f"{tmp}/lines", f"{tmp}/lines.bin")
+        c, _ = read_model_bin(f"{tmp}/lines.bin")
+        check([c[name] for name in names] == values, f"{generation}")
+
+
+def test_version_1(tmp):
+    """Version 1 is read as what it was, and becomes version 2."""
+    checkpoint(f"{tmp}/files", *golden("three-iterations"), generation_config={"top_k": 3})
+    for source in (*(f"{GOLDEN}/{name}" for name in os.listdir(GOLDEN)), f"{tmp}/files"):
+        for dtype in ("f32", "bf16", "q8"):
+            good(source, f"{tmp}/2.bin", "--dtype", dtype)
+            new = read(f"{tmp}/2.bin")
+            write(f"{tmp}/1.bin", old := version_1(new))
+            check(old[4] == 1 and same(read_model_bin(f"{tmp}/1.bin")[1],
+                                       read_model_bin(f"{tmp}/2.bin")[1])
+                  and read_header(old)[1] == read_header(new)[1], f"{source}: the same model")
+            good(f"{tmp}/1.bin", f"{tmp}/back.bin")
+            check(read(f"{tmp}/back.bin") == new, f"{source}: version 1 becomes version 2")
+            for n in (1, 2):
+                shutil.rmtree(f"{tmp}/hf{n}", ignore_errors=True)
+                good(f"{tmp}/{n}.bin", f"{tmp}/hf{n}")
+            for name in os.listdir(f"{tmp}/hf2"):
+                check(read(f"{tmp}/hf1/{name}") == read(f"{tmp}/hf2/{name}"), f"{source}: {name}")
+    good(f"{tmp}/files", f"{tmp}/2.bin")
+    with_state(f"{tmp}/2.bin", f"{tmp}/trained.bin")
+    write(f"{tmp}/1.bin", version_1(read(f"{tmp}/trained.bin")))
+    good(f"{tmp}/1.bin", f"{tmp}/back.bin")
+    check(read(f"{tmp}/back.bin") == read(f"{tmp}/2.bin"), "version 1, without training state")
 
 
 def test_types(tmp):
@@ -287,8 +416,8 @@ def test_types(tmp):
                   f"{name}: bfloat16 comes back through {dtype}")
             back = json.loads(read(f"{tmp}/b16-back/config.json"))
             check(back["torch_dtype"] == "bfloat16", name)
-            slots, found = read_model_bin(f"{tmp}/b16.bin")
-            check(slots[5] == (dtype == "bf16") and slots[58] == 1, "dtype slots")
+            c, found = read_model_bin(f"{tmp}/b16.bin")
+            check(c["weight_type"] == dtype and c["torch_dtype"] == "bfloat16", f"{c}")
             check(same({k: v.astype("f4") for k, v in found.items()},
                        {k: v.astype("f4") for k, v in b16.items()}), f"{name} in {dtype}")
             check({str(v.dtype) for k, v in found.items() if v.ndim == 1 or ".mlp.gate." in k}
@@ -325,8 +454,8 @@ def test_q8(tmp):
         for source in (f"{GOLDEN}/{name}", f"{tmp}/f.bin"):
             good(source, f"{tmp}/q.bin", "--dtype", "q8")
             parts = {}
-            slots, found = read_model_bin(f"{tmp}/q.bin", parts)
-            check(slots[5] == 2 and found.keys() == weights.keys(), f"{name}: q8's tensors")
+            c, found = read_model_bin(f"{tmp}/q.bin", parts)
+            check(c["weight_type"] == "q8" and found.keys() == weights.keys(), f"{name}: tensors")
             check(same({k: v for k, v in found.items() if k not in parts},
                        {k: v for k, v in weights.items() if k not in parts}), f"{name}: float32")
             check(all(v.ndim == 2 and ".mlp.gate." not in k for k, v in weights.items()
@@ -444,8 +573,9 @@ def test_deepseek(tmp):
     good(f"{tmp}/ds.bin", f"{tmp}/ds", "--model_type", "deepseek_v2")
     check(read(f"{tmp}/ds/model.safetensors") == read(f"{source}/model.safetensors"), "comes back")
     check(json.loads(read(f"{tmp}/ds/config.json")) == config, "deepseek_v2's config comes back")
-    slots, found = read_model_bin(f"{tmp}/ds.bin")
-    check(same(found, weights) and slots[30:34] == (1, 0, 1, 0), "deepseek_v2 in model.bin")
+    chain = "inner_iter", "inner_residual", "outer_residual", "use_igate"
+    c, found = read_model_bin(f"{tmp}/ds.bin")
+    check(same(found, weights) and [c[key] for key in chain] == [1, False, True, False], f"{c}")
     good(f"{tmp}/ds.bin", f"{tmp}/ds-coe")                     # as a CoE: its reference loads it
     check(json.loads(read(f"{tmp}/ds-coe/config.json"))["use_igate"] is False, "one gate")
     good(f"{tmp}/ds-coe", f"{tmp}/ds2.bin")
@@ -483,7 +613,7 @@ def test_newer_names(tmp):
     checkpoint(f"{tmp}/default", config, weights)
     warning = good(f"{tmp}/default", f"{tmp}/default.bin")
     check(warning.count("foo_bar") == 1 and warning.count("warning") == 1, warning)
-    check(struct.unpack_from("<d", read(f"{tmp}/default.bin"), 44 * 8) == (7.0,), "rope_theta")
+    check(read_model_bin(f"{tmp}/default.bin")[0]["rope_theta"] == 7, "rope_theta")
 
 
 def test_init(tmp):
@@ -492,8 +622,10 @@ def test_init(tmp):
                "vocab_size": 999}
     write(f"{tmp}/init.json", config)
     good(f"{tmp}/init.json", f"{tmp}/init.bin", "--init", 42)
-    slots, found = read_model_bin(f"{tmp}/init.bin")
-    check(slots[2] == slots[3] == slots[4] == slots[6] == slots[7] == 0, "no tokenizer, no state")
+    c, found = read_model_bin(f"{tmp}/init.bin")
+    sizes, _ = read_header(read(f"{tmp}/init.bin"))
+    check([sizes[name] for name in SIZES[2:]] == [0, 0, 0] and c["tokenizer"] == "none"
+          and not c["coe_weights"], "no tokenizer, no state")
     for name, x in found.items():
         if name.endswith("norm.weight"):
             check((x == 1).all(), name)
@@ -533,19 +665,19 @@ def test_defaults(tmp):
     cases = [(-1, -1, -1, -1, -1, 0), (0.25, -1, -1, -1, -1, 0), (0, -1, -1, -1, -1, 1),
              (0.5, 7, -1, -1, -1, 0), (-1, 9, 0.5, 0.25, 1.5, 1), (0, 3, 0.75, -1, -1, 0),
              (-1, -1, 0, 0, -1, 0)]
+    names = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty", "add_bos_token")
     for kind, files in sources.items():
         source = checkpoint(f"{tmp}/{kind}", config, weights, **files)
         good(source, f"{tmp}/{kind}.bin")
         for t, k, p, m, r, bos in cases:
-            data = bytearray(read(f"{tmp}/{kind}.bin"))        # as train's options change it
-            struct.pack_into("<dqdddq", data, 59 * 8, t, k, p, m, r, bos)
-            write(f"{tmp}/x.bin", bytes(data))
+            values = dict(zip(names, (t, k, p, m, r, "true" if bos else "false")))
+            write(f"{tmp}/x.bin", changed(read(f"{tmp}/{kind}.bin"), **values))
             shutil.rmtree(f"{tmp}/hf", ignore_errors=True)
             good(f"{tmp}/x.bin", f"{tmp}/hf")
             good(f"{tmp}/hf", f"{tmp}/y.bin")
-            back = read(f"{tmp}/y.bin")[59 * 8:65 * 8]
-            with_bos = data[59 * 8:65 * 8] if kind == "bos" else data[59 * 8:64 * 8] + bytes(8)
-            check(back == with_bos, f"{kind} {t, k, p, m, r, bos} come back")
+            back, _ = read_model_bin(f"{tmp}/y.bin")
+            check([back[name] for name in names] == [t, k, p, m, r, bos == 1 and kind == "bos"],
+                  f"{kind} {t, k, p, m, r, bos} come back")
             found = {name: json.loads(read(f"{tmp}/hf/{name}")) for name in os.listdir(f"{tmp}/hf")
                      if name in ("generation_config.json", "tokenizer_config.json")}
             generation = found.get("generation_config.json")
@@ -580,12 +712,12 @@ def test_linear(tmp):
 
 def with_state(path, out):
     """A training checkpoint: the same file with Adam's state behind the weights."""
-    data = bytearray(read(path))
-    start = 1024 + sum(struct.unpack_from("<2q", data, 16))
-    state = 1024 + 2 * (len(data) - start)
-    struct.pack_into("<q", data, 8, len(data) + state)
-    struct.pack_into("<q", data, 32, state)
-    write(out, bytes(data + b"\7" * state))
+    data = read(path)
+    sizes = list(struct.unpack_from("<5Q", data, 16))
+    sizes[4] = 1024 + 2 * (len(data) - 64 - sum(sizes[1:]))
+    sizes[0] += sizes[4]
+    data = data[:16] + struct.pack("<5Q", *sizes) + data[56:] + b"\7" * sizes[4]
+    write(out, sealed(data))
 
 
 def test_bin_to_bin(tmp):
@@ -602,8 +734,8 @@ def test_bin_to_bin(tmp):
         good(*args)
         check(read(args[1]) == read(f"{tmp}/{target}"), f"{args}")
     good(f"{tmp}/b16.bin", f"{tmp}/4.bin", "--dtype", "f32")
-    slots, found = read_model_bin(f"{tmp}/4.bin")
-    check(slots[5] == 0 and same(found, {
+    c, found = read_model_bin(f"{tmp}/4.bin")
+    check(c["weight_type"] == "f32" and same(found, {
         k: v.astype(ml_dtypes.bfloat16).astype("f4") if v.ndim == 2 and ".gate." not in k else v
         for k, v in weights.items()}), "bf16 -> f32")
     os.symlink(f"{tmp}/4.bin", f"{tmp}/link.bin")
@@ -616,8 +748,9 @@ def test_upcycle(tmp):
     source, config, weights = deepseek(tmp)
     good(source, f"{tmp}/ds.bin")
     good(source, f"{tmp}/up.bin", "--upcycle", 3)
-    slots, found = read_model_bin(f"{tmp}/up.bin")
-    check(slots[7] == 1 and slots[30:34] == (3, 1, 1, 1), "slots")
+    c, found = read_model_bin(f"{tmp}/up.bin")
+    check([c[key] for key in ("coe_weights", "inner_iter", "inner_residual", "outer_residual",
+                              "use_igate")] == [True, 3, True, True, True], f"{c}")
     for p in ("model.layers.1.mlp.", "model.layers.2.mlp."):
         gate = weights.pop(p + "gate.weight")
         weights |= {f"{p}gate.{t}.weight": gate for t in range(3)}
@@ -683,16 +816,36 @@ def test_programs(tmp):
     check(0 < off["bf16"] < 0.05 and 0 < off["q8"] < 0.05, f"{off}")
 
 
+def test_keys_of_both_languages(tmp):
+    """export.CONFIG and the table in lib/config.h, as ./train --help shows it: the same keys in the
+    same order, of the same kind and range."""
+    done = subprocess.run([os.path.join(os.path.dirname(HERE), "train"), "--help"],
+                          capture_output=True, text=True)
+    lines = done.stdout.split("(keys of config.json):")[1].strip().splitlines()
+    rows = [re.match(r" *--(\S+) .*\[(.*); .*\]$", line).groups() for line in lines]
+    check([name for name, _ in rows] == [key.name for key in export.CONFIG],
+          f"only one has {set(dict(rows)) ^ {key.name for key in export.CONFIG}}")
+    for key, (name, allowed) in zip(export.CONFIG, rows):
+        if isinstance(key.kind, tuple):
+            words = "|".join("null" if word is None else word for word in key.kind)
+            check(allowed == words, f"{name}: {allowed}, here {words}")
+        elif key.kind == export.BOOL:
+            check(allowed == "true or false", f"{name}: {allowed}")
+        else:
+            least, most, null = re.fullmatch(r"(.*)\.\.(\S+)( or null)?", allowed).groups()
+            none = key.default if isinstance(key.default, (int, float)) else key.least
+            check(float(least) == min(key.least, none) and float(most) == key.most
+                  and bool(null) == bool(key.null), f"{name}: {allowed}, here {key}")
+
+
 def test_tokenizer(tmp):
     """The byte tokenizer goes to Hugging Face and back. For others there is test_tokenizer.py."""
     config, _ = golden("coe")
     byte_ids = {"vocab_size": 258, "bos_token_id": 256, "eos_token_id": 257}
     write(f"{tmp}/bytes.json", config | byte_ids)
     good(f"{tmp}/bytes.json", f"{tmp}/bytes.bin", "--init", 7)
-    data = bytearray(read(f"{tmp}/bytes.bin"))                 # as train would have written it
-    struct.pack_into("<q", data, 48, 1)
-    struct.pack_into("<q", data, 64 * 8, 1)
-    write(f"{tmp}/bytes.bin", bytes(data))
+    write(f"{tmp}/bytes.bin", changed(read(f"{tmp}/bytes.bin"), tokenizer="bytes",
+                                      add_bos_token="true"))   # as train would have written it
     good(f"{tmp}/bytes.bin", f"{tmp}/bytes")
     t = json.loads(read(f"{tmp}/bytes/tokenizer.json"))
     settings = json.loads(read(f"{tmp}/bytes/tokenizer_config.json"))
@@ -709,16 +862,17 @@ def test_tokenizer(tmp):
 
     write(f"{tmp}/bytes/tokenizer.json", json.dumps(t))        # other white space, the same thing
     good(f"{tmp}/bytes", f"{tmp}/bytes2.bin")
-    slots = struct.unpack("<128q", read(f"{tmp}/bytes2.bin")[:1024])
-    check(slots[6] == 1 and slots[64] == 1 and slots[2] > 0 and slots[2] % 64 == 0, "bytes again")
-    read_model_bin(f"{tmp}/bytes2.bin")
+    c, _ = read_model_bin(f"{tmp}/bytes2.bin")
+    sizes, _ = read_header(read(f"{tmp}/bytes2.bin"))
+    check(c["tokenizer"] == "bytes" and c["add_bos_token"], "bytes again")
+    check(sizes["files_bytes"] > 0 == sizes["files_bytes"] % 64, "and the files")
     good(f"{tmp}/bytes2.bin", f"{tmp}/bytes3.bin", "--dtype", "bf16")
     good(f"{tmp}/bytes3.bin", f"{tmp}/bytes3")
     for name in ("tokenizer.json", "tokenizer_config.json"):
         check(read(f"{tmp}/bytes/{name}") == read(f"{tmp}/bytes3/{name}"), f"{name} verbatim")
     write(f"{tmp}/bytes/tokenizer_config.json", {"add_bos_token": False})
     good(f"{tmp}/bytes", f"{tmp}/bytes2.bin")
-    check(struct.unpack("<128q", read(f"{tmp}/bytes2.bin")[:1024])[64] == 0, "add_bos_token")
+    check(not read_model_bin(f"{tmp}/bytes2.bin")[0]["add_bos_token"], "add_bos_token")
 
     x = [f"{tmp}/bytes", f"{tmp}/x.bin"]
     path = f"{tmp}/bytes/tokenizer.json"
@@ -890,24 +1044,144 @@ def test_safetensors_faults(tmp):
 
 
 def test_model_bin_faults(tmp):
-    config, weights = golden("three-iterations")
+    checkpoint(f"{tmp}/m", *golden("three-iterations"), generation_config={"top_k": 3})
+    good(f"{tmp}/m", f"{tmp}/m.bin")
+    data, x, args = read(f"{tmp}/m.bin"), f"{tmp}/x.bin", [f"{tmp}/x.bin", f"{tmp}/y.bin"]
+    sizes, lines = read_header(data)
+    start = 64 + sizes["config_bytes"]
+
+    def case(data, *words):
+        write(x, data)
+        bad(args, "x.bin", *words)
+    for file in (data, version_1(data)):
+        for cut in [*range(0, start + 1, 64), 1, 7, 12, 63, 65, 1023, 1025, 1088, 2000,
+                    len(file) - 64, len(file) - 1]:
+            case(file[:cut], *([cut] if cut >= 4 else []))
+        case(file + b"\0", len(file), len(file) + 1)
+        for text in (b"1EOC" + file[4:], file[4:], b"<html>", b"GGUF", b'{"model_type": "x"}'):
+            case(text, "COE1")
+        for version in (0, 3, 2**32 - 1):
+            case(file[:4] + struct.pack("<I", version) + file[8:], f"version is {version}, this "
+                 "program reads versions 1 and 2")
+        at = len(file) - len(data) + start                     # where the embedded file is
+        for name in (b"../../evil", b"config.json", b"/etc/x", b"\xff", b""):
+            new = file[:at] + name.ljust(56, b"\0") + file[at + 56:]
+            case(sealed(new) if file is data else new, "embedded file")
+        new = file[:at + 56] + struct.pack("<Q", 2**63) + file[at + 64:]
+        case(sealed(new) if file is data else new, "generation_config.json", 2**63)
+
+
+def test_header_faults(tmp):
+    """Every size and every reserved field of version 2, with every awkward value."""
+    checkpoint(f"{tmp}/m", *golden("three-iterations"), generation_config={"top_k": 3})
+    good(f"{tmp}/m", f"{tmp}/m.bin")
+    data, args = read(f"{tmp}/m.bin"), [f"{tmp}/x.bin", f"{tmp}/y.bin"]
+    fields = [(12, "<I", "0"), *((16 + 8 * i, "<Q", name) for i, name in enumerate(SIZES)),
+              (56, "<Q", "0")]
+    for at, form, name in fields:
+        old, = struct.unpack_from(form, data, at)
+        for value in (0, 1, 63, 64, 2**31 - 1, 2**31, 2**32 - 64, 2**32, 2**63 - 1, 2**63,
+                      2**64 - 64, 2**64 - 1, old - 64, old - 1, old + 1, old + 64, len(data)):
+            if value != old and 0 <= value < 256 ** struct.calcsize(form):
+                new = bytearray(data)
+                struct.pack_into(form, new, at, value)
+                write(args[0], sealed(bytes(new)))
+                if name in ("file_bytes", "0"):
+                    bad(args, "x.bin", value)
+                elif value % 64 or value > len(data):
+                    bad(args, "x.bin", name, value, "a multiple of 64 up to")
+                else:                                          # then what follows is not right
+                    bad(args, "x.bin")
+
+    # One bit that is another one, anywhere. In most places only the checksum can tell.
+    start = 64 + read_header(data)[0]["config_bytes"]
+    for bit in (*range(8 * 64), *range(8 * 64, 8 * start, 37),
+                *range(8 * start, 8 * len(data), 997)):
+        new = bytearray(data)
+        new[bit // 8] ^= 1 << bit % 8
+        write(args[0], bytes(new))
+        bad(args, "x.bin", *(["checksum", "damaged"] if bit >= 8 * start else []))
+    write(args[0], data[:8] + b"\x12\x34\x56\x78" + data[12:])
+    bad(args, f"its checksum is {zlib.crc32(data[12:]):08x}, its header says 78563412: damaged")
+    for at in (0, len(data) - 1):                              # nothing is wrong with a right one
+        good(f"{tmp}/m.bin", args[0])
+        check(read(args[0]) == data, "the same file again")
+
+
+def test_line_faults(tmp):
+    """Every line of the config, in every way in which it can be wrong."""
+    config, weights = golden("deepseek-v2")
     checkpoint(f"{tmp}/m", config, weights, generation_config={"top_k": 3})
     good(f"{tmp}/m", f"{tmp}/m.bin")
-    data, x = read(f"{tmp}/m.bin"), f"{tmp}/x.bin"
-    for cut in [*range(0, 1025, 64), 1023, 1025, 1088, 2000, len(data) - 64, len(data) - 1]:
-        write(x, data[:cut])
-        bad([x, f"{tmp}/y.bin"], "x.bin")
-    write(x, data + b"\0")
-    bad([x, f"{tmp}/y.bin"], "x.bin", len(data))
-    for text in (b"1EOC" + data[4:], data[4:], b"<html>", b"GGUF", b'{"model_type": "x"}'):
-        write(x, text)
-        bad([x, f"{tmp}/y.bin"], "x.bin", "COE1")
-    for version in (0, 2):
-        write(x, data[:4] + struct.pack("<I", version) + data[8:])
-        bad([x, f"{tmp}/y.bin"], "x.bin", f"version is {version}")
+    data, args = read(f"{tmp}/m.bin"), [f"{tmp}/x.bin", f"{tmp}/y.bin"]
+    _, lines = read_header(data)
+    text, ended = "".join(f"{k} {v}\n" for k, v in lines.items()), {0: 0, 1: 0}
+
+    def case(config, *words, **pad):
+        config = config if isinstance(config, bytes) else config.encode()
+        write(args[0], with_config(data, config, **pad))
+        bad(args, "x.bin", *words)
+    for name, old in lines.items():
+        line = f"{name} {old}\n"
+        for value in ("", " ", "x", "nan", "inf", "-inf", "1e999", "0x10", "1_0", "+1", "٣", "[1]",
+                      "{}", '"x"', "True", "None", f" {old}", f"{old} ", f"{old}\r", f"{old}\t",
+                      f"{old}\0", f"{old},", "9" * 99, "-" + "9" * 99, "1" * 5000):
+            case(text.replace(line, f"{name} {value}\n"), f"{name} is ")
+        for value in ("0", "1", "-1", "2", "3", "1.5", "-0.1", "0.1", "1e-99", "1e300", "true",
+                      "false", "null", "f32", "q8", "bytes", "bpe", "greedy", "yarn", "linear",
+                      "2147483647", "-2147483648", "4294967296", "9223372036854775807"):
+            if value != old:
+                write(args[0], with_lines(data, lines | {name: value}))
+                code, err = run(args[0], f"{tmp}/fuzz.bin")
+                ended[code] += 1
+                check(code == 0 or len(err.splitlines()) == 1 and "x.bin: " in err,
+                      f"{name} {value}: {err}")
+        case(text.replace(line, ""), f"{name} is missing")
+        case(text + line, f"{name}, which is there twice")
+        case(text.replace(line, line * 2), f"{name}, which is there twice")
+        case(text.replace(line, f"{name}\n"), f"'{name}', must be a key, a blank and a value")
+        case(text.replace(line, f"{name}\t{old}\n"), "must be a key, a blank and a value")
+        case(text.replace(line, f"{name}s {old}\n"), f"the key '{name}s', which")
+        case(text.replace(line, f" {line}"), "the key '', which")
+        case(text.replace(line, f"{name[:-1]}\xff {old}\n"), f"the key '{name[:-1]}\xff', which")
+        case(text.replace(line, f"\n{line}"), "must be a key, a blank and a value")
+    check(ended[0] > 100 < ended[1], f"{ended}")
+    for at in (0, 20, len(text) - 2):
+        case(text[:at].encode() + b"\xff" + text[at + 1:].encode(), f"byte {64 + at}", "0xff",
+             "UTF-8")
+        case(text[:at].encode() + b"\0" + text[at + 1:].encode())
+    case(text + "foo_bar 1\n", "the key 'foo_bar', which this program does not know")
+    case(text + "foo\33[31m\u2028bar 1\n", "does not know")
+    case("", "config", "newline")
+    case(text[:-1], "config", "newline")
+    case(text, "newline", pad=bytes(-len(text) % 64) + bytes(64))
+    case(text, "newline", pad=b"\0" * (-len(text) % 64 - 1) + b"x")
+    case(text + "\n" * 2**20, "config_bytes", 2**20)
+    shuffled = list(lines.items())                             # the order of the lines is free
+    write(args[0], with_lines(data, dict(shuffled[::-1])))
+    good(args[0], f"{tmp}/fuzz.bin")
+    check(read(f"{tmp}/fuzz.bin") == data, "another order of lines")
+    lines["topk_method"] = "greedy"
+    for name, texts, value in (("rope_theta", ("10000.000", "1e4", "1e+04", "10000"), 1e4),
+                               ("min_p", ("-1", "-1.0"), -1.0), ("hidden_size", ("032",), 32),
+                               ("n_group", ("null", "1"), 1), ("q_lora_rank", ("null", "0"), 0),
+                               ("n_shared_experts", ("null", "0"), 0),
+                               ("bos_token_id", ("null", "-1"), -1)):
+        for text in texts:
+            write(args[0], with_lines(data, lines | {name: text}))
+            with open(args[0], "rb") as f:
+                found = export.read_header(f, args[0]).config[name]
+            check(found == value and type(found) is type(value), f"{name} {text}: {found}")
+
+
+def test_slot_faults(tmp):
+    """Every slot of version 1, with every awkward value."""
+    checkpoint(f"{tmp}/m", *golden("three-iterations"), generation_config={"top_k": 3})
+    good(f"{tmp}/m", f"{tmp}/m.bin")
+    data, x = version_1(read(f"{tmp}/m.bin")), f"{tmp}/x.bin"
     slots, ended = struct.unpack("<128q", data[:1024]), {0: 0, 1: 0}
     doubles = struct.unpack("<4q", struct.pack("<4d", math.nan, math.inf, -1.0, 1e300))
-    for i in range(1, 128):                                    # every field, every awkward value
+    for i in range(1, 128):
         old = slots[i]
         for value in (0, 1, -1, 2, 2**31 - 1, -2**31, 2**31, 2**32, 2**63 - 1, -2**63, old - 1,
                       old + 1, old + 64, *doubles):
@@ -920,11 +1194,6 @@ def test_model_bin_faults(tmp):
             if 1 <= i <= 15 or 66 <= i:
                 check(code == 1, f"slot {i} = {value} was taken")
     check(ended[0] < ended[1], f"{ended}")
-    for name in (b"../../evil", b"config.json", b"/etc/x", b"\xff", b""):
-        write(x, data[:1024] + name.ljust(56, b"\0") + data[1080:])
-        bad([x, f"{tmp}/y"], "embedded file")
-    write(x, data[:1080] + struct.pack("<Q", 2**63) + data[1088:])
-    bad([x, f"{tmp}/y"], "generation_config.json", 2**63)
 
 
 def test_command_line(tmp):
@@ -958,12 +1227,20 @@ def test_command_line(tmp):
     bad([f"{tmp}/cut.bin", m], "cut.bin")
     check(read(m) == old, "a failure leaves the old file alone")
     for option, words in (("--help", ("--dtype", "--init", "--upcycle", "--model_type", "default")),
-                          ("--version", ("1",))):
+                          ("--version", ("writes model.bin version 2, reads versions 1 and 2",))):
         done = subprocess.run([sys.executable, EXPORT, option], capture_output=True, text=True)
         check(done.returncode == 0 and all(w in done.stdout for w in words), option)
     text = read(EXPORT).decode()
     with open(os.path.join(HERE, "requirements.txt")) as f:
         check(all(f'"{line}"' in text for line in f.read().split()), "PEP 723 and requirements.txt")
+    sections = re.findall(r"^# ---- (.*\]) (.*?) -*$", text, re.M)
+    contents = " ".join(text[:text.index("import")].split())
+    check([tag for tag, _ in sections] == [f"[{i}]" for i in range(1, 11)]
+          and all(f"{tag} {title}" in contents for tag, title in sections), f"{sections}")
+    for args, code, word in ((["--help"], 0, "--dtype"), ([m, a], 1, "pip install numpy")):
+        done = subprocess.run([sys.executable, "-S", EXPORT, *args], capture_output=True, text=True)
+        check(done.returncode == code and word in done.stdout + done.stderr
+              and len(done.stderr.splitlines()) == code, f"without packages: {args} {done}")
 
 
 def main():

@@ -17,7 +17,7 @@ from array import array
 
 sys.dont_write_bytecode = True
 import test_run
-from test_run import DEFAULT, GOLDEN, check, read_floats, tensor_list, write_golden
+from test_run import DEFAULT, GOLDEN, check, read_floats, read_weights, tensor_list, write_golden
 
 TRAIN, DUMP_GRADS = (os.path.abspath(path) for path in sys.argv[1:3])
 
@@ -112,10 +112,7 @@ def test_steps(name, config, golden, reference, here):
     # The weights move by AdamW's m / sqrt(v), whose size is about 1 however small the gradient is.
     # Where a gradient is hardly more than its rounding, so is that direction: single entries may
     # be off by a part of the learning rate, while the tensor as a whole is not.
-    with open(here("after.bin"), "rb") as f:
-        data = f.read()
-    files, state = struct.unpack_from("<Q8xQ", data, 16)
-    ours = by_name(array("f", data[1024 + files:len(data) - state]), config, name == "upcycled")
+    ours = by_name(read_weights(here("after.bin")), config, name == "upcycled")
     far = 0
     for tensor, after in ours.items():
         off = distance(after, golden["after." + tensor][1]) / norm(golden["after." + tensor][1])

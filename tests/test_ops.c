@@ -1,7 +1,8 @@
 // Tests of the operations that coe.c is made of: each against the plain loop or formula that
-// defines it.
+// defines it, and the fast ones of lib/kernels.h against those that coe.c [4] prints.
 //
-//     cc -O3 -march=native -fopenmp -o build/test_ops tests/test_ops.c -lm && build/test_ops
+//     cc -O3 -march=native -fopenmp -o build/test_ops tests/test_ops.c tests/plain_ops.c -lm &&
+//     build/test_ops
 //
 // With -DREAL=double the same again in double, as the gradient check compiles it. The last line is
 // "N passed, N failed". Numbers that must only be near have a bound that follows from the rounding
@@ -13,6 +14,7 @@
 static _Noreturn void leave(int code);
 #include "../coe.c"
 #undef exit
+#include "plain_ops.h"
 #include <sys/wait.h>
 
 #ifdef REAL_IS_FLOAT
@@ -72,10 +74,10 @@ static int exit_code(size_t (*operation)(size_t, size_t), size_t a, size_t b) {
 
 static void test_sizes(void) {
     const size_t half = (size_t)1 << 32;
-    check(exit_code(product, half, half - 1) == 0, "a product that fits");
-    check(exit_code(product, half, half) == FAILED, "a product that does not fit");
-    check(exit_code(sum, SIZE_MAX - 1, 1) == 0, "a sum that fits");
-    check(exit_code(sum, SIZE_MAX, 1) == FAILED, "a sum that does not fit");
+    check(exit_code(checked_mul, half, half - 1) == 0, "a product that fits");
+    check(exit_code(checked_mul, half, half) == FAILED, "a product that does not fit");
+    check(exit_code(checked_add, SIZE_MAX - 1, 1) == 0, "a sum that fits");
+    check(exit_code(checked_add, SIZE_MAX, 1) == FAILED, "a sum that does not fit");
     for (size_t n = 0; n < 100; n += 33) {
         unsigned char *p = allocate(n, "a test");
         int zero = (uintptr_t)p % 64 == 0;
@@ -110,26 +112,45 @@ static void test_random(void) {
 
 // ---- matrix products ----------------------------------------------------------------------------
 
-// A matrix of exactly the memory it needs: the last row has no gap behind it, so the address
-// sanitizer sees what goes beyond. Other gaps hold NaN: who reads there spoils the result, who
-// writes there is found.
-typedef struct { real *x; size_t rows, cols, ld; } Block;
+// Numbers (rows, cols) at stride ld in exactly the memory they need: the last row has no gap behind
+// it, so the address sanitizer sees what goes beyond. Other gaps hold NaN: who reads there spoils
+// the result, who writes there is found.
+typedef struct { real *x; size_t rows, cols, ld; } Array;
 
-static Block block(size_t rows, size_t cols, size_t gap) {
-    Block m = { malloc(((rows - 1) * (cols + gap) + cols) * sizeof(real)), rows, cols,
-                 cols + gap };
-    for (size_t i = 0; i < (rows - 1) * m.ld + cols; i++)
-        m.x[i] = i % m.ld < cols ? (real)rng_normal(&rng) : (real)NAN;
-    return m;
+// How many numbers an array takes, gaps included.
+static size_t array_size(Array a) { return (a.rows - 1) * a.ld + a.cols; }
+
+static Array random_array(size_t rows, size_t cols, size_t gap) {
+    Array a = { NULL, rows, cols, cols + gap };
+    a.x = malloc(array_size(a) * sizeof(real));
+    for (size_t i = 0; i < array_size(a); i++)
+        a.x[i] = i % a.ld < cols ? (real)rng_normal(&rng) : (real)NAN;
+    return a;
+}
+
+// The same numbers in memory of their own.
+static Array copy_of(Array a) {
+    Array copy = a;
+    copy.x = malloc(array_size(a) * sizeof(real));
+    memcpy(copy.x, a.x, array_size(a) * sizeof(real));
+    return copy;
+}
+
+static Matrix view_of(Array a) { return view(a.x, a.rows, a.cols, a.ld); }
+
+// Whether nobody wrote into the gaps.
+static int gaps_are_whole(Array a) {
+    for (size_t i = 0; i < array_size(a); i++) if (i % a.ld >= a.cols && !isnan(a.x[i])) return 0;
+    return 1;
 }
 
 // Compares c with c0 + a b (c0 only with `add`), where a is read at a[i * ai + k * ak] and b at b[k
 // * bk + j * bj]. A sum of K products in any order is within (K + 1) eps / 2 times the sum of their
 // sizes; twice that allows for a long double that is no longer than a double.
-static double worst_error(Block c, const real *c0, const real *a, size_t ai, size_t ak,
+static double worst_error(Array c, const real *c0, const real *a, size_t ai, size_t ak,
                           const real *b, size_t bk, size_t bj, size_t K, int add) {
-    double worst = 0;
-    for (size_t i = 0; i < c.rows; i++) {
+    double worst = gaps_are_whole(c) ? 0 : INFINITY;
+    for (size_t i = 0; i < c.rows; i++)
         for (size_t j = 0; j < c.cols; j++) {
             long double total = add ? c0[i * c.ld + j] : 0, sizes = fabsl(total);
             for (size_t k = 0; k < K; k++) {
@@ -141,36 +162,30 @@ static double worst_error(Block c, const real *c0, const real *a, size_t ai, siz
                 (double)(fabsl(c.x[i * c.ld + j] - total) / ((long double)(K + 2) * EPS * sizes));
             worst = larger(worst, error);
         }
-        for (size_t j = c.cols; j < c.ld && i + 1 < c.rows; j++)
-            if (!isnan(c.x[i * c.ld + j])) worst = INFINITY;
-    }
     return worst;
 }
 
 // The three forms, with matrices of these sizes: x (n, in), w (out, in), y (n, out).
 static void test_products(size_t n, size_t in, size_t out, size_t gap, int add) {
-    Block x = block(n, in, gap), w = block(out, in, gap ? gap + 1 : 0),
-           y = block(n, out, gap ? gap + 2 : 0);
+    Array x = random_array(n, in, gap), w = random_array(out, in, gap ? gap + 1 : 0),
+          y = random_array(n, out, gap ? gap + 2 : 0);
     for (int form = 0; form < 3; form++) {
-        Block *c = form == 0 ? &y : form == 1 ? &x : &w;
-        const size_t bytes = ((c->rows - 1) * c->ld + c->cols) * sizeof(real);
-        real *before = malloc(bytes);
-        memcpy(before, c->x, bytes);
+        Array c = form == 0 ? y : form == 1 ? x : w, before = copy_of(c);
         double worst;
         if (form == 0) {
-            matmul_nt(y.x, y.ld, x.x, x.ld, plain(w.x, w.ld), n, in, out, add);
-            worst = worst_error(y, before, x.x, x.ld, 1, w.x, 1, w.ld, in, add);
+            matmul_nt(y.x, y.ld, view_of(x), view_of(w), add);
+            worst = worst_error(y, before.x, x.x, x.ld, 1, w.x, 1, w.ld, in, add);
         } else if (form == 1) {
-            matmul_nn(x.x, x.ld, y.x, y.ld, plain(w.x, w.ld), n, in, out, add);
-            worst = worst_error(x, before, y.x, y.ld, 1, w.x, w.ld, 1, out, add);
+            matmul_nn(x.x, x.ld, view_of(y), view_of(w), add);
+            worst = worst_error(x, before.x, y.x, y.ld, 1, w.x, w.ld, 1, out, add);
         } else {
-            matmul_tn(w.x, w.ld, y.x, y.ld, x.x, x.ld, n, in, out, add);
-            worst = worst_error(w, before, y.x, 1, y.ld, x.x, x.ld, 1, n, add);
+            matmul_tn(w.x, w.ld, view_of(y), view_of(x), add);
+            worst = worst_error(w, before.x, y.x, 1, y.ld, x.x, x.ld, 1, n, add);
         }
         check(worst <= 1, "matmul_%s, n %zu, in %zu, out %zu, gap %zu, add %d: %g times the bound",
               form == 0 ? "nt" : form == 1 ? "nn" : "tn", n, in, out, gap, add, worst);
-        memcpy(c->x, before, bytes);
-        free(before);
+        memcpy(c.x, before.x, array_size(c) * sizeof(real));
+        free(before.x);
     }
     free(x.x); free(w.x); free(y.x);
 }
@@ -184,8 +199,8 @@ static void test_matmul(void) {
                                        { 257, 260, 66 }, { 7300, 33, 40 }, { 33, 7300, 40 },
                                        { 33, 40, 7300 } };
     for (size_t i = 0; i < sizeof sizes / sizeof *sizes; i++)
-        for (int k = 0; k < 4; k++)
-            test_products(sizes[i][0], sizes[i][1], sizes[i][2], k % 2 ? 3 : 0, k / 2);
+        for (int kind = 0; kind < 4; kind++)
+            test_products(sizes[i][0], sizes[i][1], sizes[i][2], kind % 2 ? 3 : 0, kind / 2);
     for (int i = 0; i < 60; i++)
         test_products(random_size(1, 70), random_size(1, 70), random_size(1, 70),
                       random_size(0, 1) * random_size(1, 9), i % 2);
@@ -198,31 +213,32 @@ static void test_matmul(void) {
 // fewer rows or columns.
 static void test_same_bits(void) {
     enum { M = 300, N = 210, K = 301 };
-    Block a = block(M, K, 0), b = block(N, K, 0), c = block(M, N, 0), other = block(M, N, 0);
+    Array a = random_array(M, K, 0), b = random_array(N, K, 0), c = random_array(M, N, 0),
+          other = random_array(M, N, 0);
     set_threads(1);
-    matmul_nt(c.x, N, a.x, K, plain(b.x, K), M, K, N, 0);
-    for (int threads = 2; threads < 8; threads += threads == 3 ? 4 : 1) {
+    matmul_nt(c.x, N, view_of(a), view_of(b), 0);
+    for (size_t threads = 2; threads < 8; threads += threads == 3 ? 4 : 1) {
         set_threads(threads);
         memset(other.x, 0, M * N * sizeof(real));
-        matmul_nt(other.x, N, a.x, K, plain(b.x, K), M, K, N, 0);
+        matmul_nt(other.x, N, view_of(a), view_of(b), 0);
         check(!memcmp(other.x, c.x, M * N * sizeof(real)),
-              "a product with %d threads has other bits", threads);
+              "a product with %zu threads has other bits", threads);
         real few[FEW * N], one[FEW * N];
-        matmul_nt(few, N, a.x, K, plain(b.x, K), FEW, K, N, 0);
+        matmul_nt(few, N, slice(view_of(a), 0, FEW), view_of(b), 0);
         set_threads(1);
         for (size_t t = 0; t < FEW; t++)
-            matmul_nt(one + t * N, N, a.x + t * K, K, plain(b.x, K), 1, K, N, 0);
+            matmul_nt(one + t * N, N, slice(view_of(a), t, 1), view_of(b), 0);
         check(!memcmp(few, one, sizeof few),
-              "a product of few rows with %d threads has other bits than one of each", threads);
+              "a product of few rows with %zu threads has other bits than one of each", threads);
     }
     set_threads(1);
     for (int i = 0; i < 40; i++) {
         const size_t row = random_size(0, M - 20), rows = random_size(FEW + 1, 20),
                      col = random_size(0, N - 90), cols = random_size(1, 90);
-        matmul_nt(other.x, cols, a.x + row * K, K, plain(b.x + col * K, K), rows, K, cols, 0);
+        matmul_nt(other.x, cols, slice(view_of(a), row, rows), slice(view_of(b), col, cols), 0);
         int same = 1;
-        for (size_t k = 0; k < rows; k++)
-            same &= !memcmp(other.x + k * cols, c.x + (row + k) * N + col, cols * sizeof(real));
+        for (size_t j = 0; j < rows; j++)
+            same &= !memcmp(other.x + j * cols, c.x + (row + j) * N + col, cols * sizeof(real));
         check(same, "%zu x %zu of a product, computed alone, have other bits", rows, cols);
     }
     free(a.x); free(b.x); free(c.x); free(other.x);
@@ -231,44 +247,41 @@ static void test_same_bits(void) {
 // Products with matrices of the types that a file may have, in a stack of 3 copies that has exactly
 // the memory it needs. What the numbers stand for is worked out here a second time.
 static void test_type(enum Type type, size_t n, size_t in, size_t out, int add) {
-    Tensor t = { "w", 3, out + 1, in, NORMAL, type, 0, NULL };
+    Tensor t = { .name = "w", .copies = 3, .rows = out + 1, .cols = in, .type = type };
     const size_t copy = copy_bytes(&t), e = random_size(0, 2), groups = (in + 63) / 64;
     const size_t int8_bytes = (t.rows * in + 63) / 64 * 64;
     check(copy == (type == BF16 ? 2 * t.rows * in
                                 : int8_bytes + (4 * t.rows * groups + 63) / 64 * 64),
           "a copy of type %d, %zu x %zu, has %zu bytes", type, t.rows, in, copy);
     unsigned char *memory = malloc(3 * copy);
-    Block w = block(t.rows, in, 0);
+    Array w = random_array(t.rows, in, 0);
     for (size_t i = 0; i < 3 * copy; i++) memory[i] = 0xFF;     // NaN in either type
-    for (size_t r = 0; r < t.rows; r++)
+    for (size_t row = 0; row < t.rows; row++)
         for (size_t i = 0; i < in; i++) {
-            float x = (float)rng_normal(&rng), scale = (float)(1 + r + i / 64) / 64;
+            float x = (float)rng_normal(&rng), scale = (float)(1 + row + i / 64) / 64;
             if (type == BF16) {
                 uint32_t bits;
                 memcpy(&bits, &x, 4);
                 uint16_t half = (uint16_t)(bits >> 16);
-                memcpy(memory + e * copy + 2 * (r * in + i), &half, 2);
+                memcpy(memory + e * copy + 2 * (row * in + i), &half, 2);
                 bits &= 0xFFFF0000u;
                 memcpy(&x, &bits, 4);
             } else {
                 int8_t q = (int8_t)(rng_next(&rng) % 127 + 1) * (i % 2 ? 1 : -1);
-                memcpy(memory + e * copy + r * in + i, &q, 1);
-                memcpy(memory + e * copy + int8_bytes + 4 * (r * groups + i / 64), &scale, 4);
+                memcpy(memory + e * copy + row * in + i, &q, 1);
+                memcpy(memory + e * copy + int8_bytes + 4 * (row * groups + i / 64), &scale, 4);
                 x = q * scale;
             }
-            w.x[r * in + i] = x;
+            w.x[row * in + i] = x;
         }
     t.data = (real *)(void *)memory;
-    Block x = block(n, in, 2), y = block(n, out, 3), y0 = y, x0 = x;
-    y0.x = malloc(((n - 1) * y.ld + out) * sizeof(real));
-    x0.x = malloc(((n - 1) * x.ld + in) * sizeof(real));
-    memcpy(y0.x, y.x, ((n - 1) * y.ld + out) * sizeof(real));
-    memcpy(x0.x, x.x, ((n - 1) * x.ld + in) * sizeof(real));
-    matmul_nt(y.x, y.ld, x.x, x.ld, matrix(&t, e, 1), n, in, out, add);
+    Array x = random_array(n, in, 2), y = random_array(n, out, 3), x0 = copy_of(x), y0 = copy_of(y);
+    const Matrix rows = slice(matrix(&t, e), 1, out);
+    matmul_nt(y.x, y.ld, view_of(x), rows, add);
     double worst = worst_error(y, y0.x, x.x, x.ld, 1, w.x + in, 1, in, in, add);
     check(worst <= 1, "matmul_nt of type %d, n %zu, in %zu, out %zu: %g times the bound",
           type, n, in, out, worst);
-    matmul_nn(x.x, x.ld, y0.x, y.ld, matrix(&t, e, 1), n, in, out, add);
+    matmul_nn(x.x, x.ld, view_of(y0), rows, add);
     worst = worst_error(x, x0.x, y0.x, y.ld, 1, w.x + in, in, 1, out, add);
     check(worst <= 1, "matmul_nn of type %d, n %zu, in %zu, out %zu: %g times the bound",
           type, n, in, out, worst);
@@ -290,8 +303,8 @@ static void test_linear(void) {
     fill(x, n * in);
     fill(w, copies * out * in);
     fill(bias, out);
-    Tensor tw = { "w", copies, out, in, NORMAL, F32, 0, w },
-           tb = { "b", 1, 1, out, ZEROS, F32, 0, bias };
+    Tensor tw = { .name = "w", .copies = copies, .rows = out, .cols = in, .data = w },
+           tb = { .name = "b", .copies = 1, .rows = 1, .cols = out };
     for (int with_bias = 0; with_bias < 2; with_bias++) {
         tb.data = with_bias ? bias : NULL;
         linear(y, x, &tw, 2, &tb, n);
@@ -309,6 +322,96 @@ static void test_linear(void) {
     }
 }
 
+// ---- numbers of every type ----------------------------------------------------------------------
+
+static const size_t type_bytes[] = { [F32] = sizeof(real), [BF16] = 2, [Q8] = 1 };
+
+// A matrix of any type in exactly the memory it needs, for free_matrix(), with NaN or what is far
+// off in its gaps. The product of a scale and an int8 is rounded in float. In double it is not, for
+// number() would round it to a float, and the fast products do not.
+static Matrix random_matrix(enum Type type, size_t rows, size_t cols, size_t gap) {
+    const size_t ld = cols + gap, groups = groups_of(ld), size = (rows - 1) * ld + cols;
+    const size_t scales = (rows - 1) * groups + groups_of(cols);
+    if (type == F32) return view_of(random_array(rows, cols, gap));
+    unsigned char *data = malloc(size * type_bytes[type]);
+    float *scale = type == Q8 ? malloc(scales * sizeof(float)) : NULL;
+    for (size_t i = 0; i < size; i++) {
+        const float x = i % ld < cols ? (float)rng_normal(&rng) : NAN;
+        uint32_t bits;
+        memcpy(&bits, &x, sizeof bits);
+        const uint16_t half = (uint16_t)(bits >> 16);
+        if (type == BF16) memcpy(data + 2 * i, &half, 2);
+        else data[i] = i % ld < cols ? (unsigned char)random_size(0, 255) : 0x80;
+    }
+    for (size_t i = 0; type == Q8 && i < scales; i++) {
+        uint32_t bits;
+        scale[i] = (float)((0.5 + rng_uniform(&rng)) / 64);
+        memcpy(&bits, &scale[i], sizeof bits);
+        if (sizeof(real) == sizeof(double)) bits &= 0xFFFFFF00u;
+        memcpy(&scale[i], &bits, sizeof bits);
+        if (i % groups >= groups_of(cols)) scale[i] = NAN;
+    }
+    return (Matrix){ data, scale, rows, cols, ld, type };
+}
+
+static void free_matrix(Matrix w) {
+    free((void *)w.data);
+    free((void *)w.scale);
+}
+
+static void test_number(void) {
+    static uint16_t halves[1 << 16];
+    static int8_t bytes[3][260];
+    float scale[3][5];
+    int right = 1;
+    for (size_t i = 0; i < 1 << 16; i++) halves[i] = (uint16_t)i;
+    const Matrix bf16 = { halves, NULL, 256, 256, 256, BF16 };
+    for (uint32_t i = 0; i < 1 << 16; i++) {
+        const float x = (float)number(bf16, i / 256, i % 256);
+        const uint32_t bits = i << 16;
+        right &= (bits & 0x7FFFFFFFu) > 0x7F800000u ? isnan(x) : !memcmp(&x, &bits, sizeof x);
+    }
+    check(right, "all numbers of type BF16");
+    for (size_t row = 0; row < 3; row++)
+        for (size_t i = 0; i < 260; i++) {
+            bytes[row][i] = (int8_t)(i + 100 * row);
+            scale[row][i / 64] = (float)rng_normal(&rng);
+        }
+    const Matrix q8 = { bytes, scale[0], 3, 200, 260, Q8 };     // from column 200 on there is a gap
+    for (size_t row = 0; row < 3; row++)
+        for (size_t i = 0; i < 200; i++)
+            right &= number(q8, row, i) == (real)(bytes[row][i] * scale[row][i / 64]);
+    check(right, "numbers of type Q8");
+    Array a = random_array(7, 5, 4);
+    for (size_t row = 0; row < 7; row++)
+        for (size_t i = 0; i < 5; i++) right &= number(view_of(a), row, i) == a.x[row * 9 + i];
+    check(right, "numbers of type F32");
+    free(a.x);
+}
+
+// Some rows of a matrix, and of these some.
+static void test_slice(void) {
+    for (int i = 0; i < 60; i++) {
+        const size_t rows = random_size(1, 20), cols = random_size(1, 200);
+        const size_t gap = i % 2 ? random_size(1, 90) : 0;
+        const Matrix w = random_matrix((enum Type)(i % 3), rows, cols, gap);
+        const size_t first = random_size(0, rows - 1), n = random_size(1, rows - first);
+        const size_t second = random_size(0, n - 1), m = random_size(1, n - second);
+        const Matrix some = slice(w, first, n), fewer = slice(some, second, m);
+        int right = some.rows == n && some.cols == cols && some.ld == w.ld && some.type == w.type &&
+            fewer.rows == m;
+        for (size_t row = 0; row < n; row++)
+            for (size_t j = 0; j < cols; j++)
+                right &= number(some, row, j) == number(w, first + row, j);
+        for (size_t row = 0; row < m; row++)
+            for (size_t j = 0; j < cols; j++)
+                right &= number(fewer, row, j) == number(w, first + second + row, j);
+        check(right, "rows %zu to %zu of %zu x %zu numbers of type %d", first, first + n, rows,
+              cols, w.type);
+        free_matrix(w);
+    }
+}
+
 // ---- exponentials and norms ---------------------------------------------------------------------
 
 static void test_exp(void) {
@@ -320,19 +423,19 @@ static void test_exp(void) {
             float x;
             memcpy(&x, &bits, sizeof x);
             double exact = exp((double)x), ulp = ldexp(EPS, ilogb(exact));
-            double error = fabs((double)exp_fast((real)x) - exact) / ulp;
+            double error = fabs((double)real_exp((real)x) - exact) / ulp;
             if (!(error <= worst)) { worst = larger(worst, error); at_worst = (double)x; }
         }
-    check(worst <= 3, "exp_fast(%.9g) is off by %.2f units in the last place", at_worst, worst);
-    check(exp_fast(0) == 1, "exp_fast(0) is %.9g", (double)exp_fast(0));
-    check(isnan(exp_fast((real)NAN)) && isnan(sigmoid((real)NAN)), "exp_fast loses a NaN");
+    check(worst <= 3, "real_exp(%.9g) is off by %.2f units in the last place", at_worst, worst);
+    check(real_exp(0) == 1, "real_exp(0) is %.9g", (double)real_exp(0));
+    check(isnan(real_exp((real)NAN)) && isnan(sigmoid((real)NAN)), "real_exp loses a NaN");
 #ifdef REAL_IS_FLOAT                                    // in double it is libm's
     const float far[] = { 87.5f, 89, 1000, FLT_MAX, INFINITY };
     for (int i = 0; i < 5; i++) {
-        check(isfinite(exp_fast(far[i])) && exp_fast(far[i]) >= exp_fast(86.9f),
-              "exp_fast(%g) is %g", far[i], exp_fast(far[i]));
-        check(exp_fast(-far[i]) > 0 && exp_fast(-far[i]) <= exp_fast(-86.9f), "exp_fast(%g) is %g",
-              -far[i], exp_fast(-far[i]));
+        check(isfinite(real_exp(far[i])) && real_exp(far[i]) >= real_exp(86.9f),
+              "real_exp(%g) is %g", far[i], real_exp(far[i]));
+        check(real_exp(-far[i]) > 0 && real_exp(-far[i]) <= real_exp(-86.9f), "real_exp(%g) is %g",
+              -far[i], real_exp(-far[i]));
     }
 #endif
     worst = 0;
@@ -344,7 +447,7 @@ static void test_exp(void) {
         swiglu(&act, &z, &two, 1);
         worst = larger(worst, fabs((double)act - product) / fabs(product));
     }
-    // exp_fast 3, then at most 4 roundings of half a unit
+    // real_exp 3, then at most 4 roundings of half a unit
     check(worst < 6 * EPS, "sigmoid and swiglu are off by %.2g", worst);
     check(sigmoid(1000) == 1 && sigmoid(-1000) >= 0 && sigmoid(-1000) < (real)1e-37,
           "sigmoid far out");
@@ -364,7 +467,7 @@ static void test_softmax(void) {
             for (size_t i = 0; i < n; i++) max = fmax(max, (double)scale * (double)x[i]);
             for (size_t i = 0; i < n; i++) total += exp((double)scale * (double)x[i] - max);
             for (size_t i = 0; i < n; i++) {
-                // exp_fast 3, the rounding of its argument at most |argument|, the sum and the
+                // real_exp 3, the rounding of its argument at most |argument|, the sum and the
                 // division n + 1
                 double exact = exp((double)scale * (double)x[i] - max) / total;
                 double bound = EPS * (3 + 100 + (double)n + 1);
@@ -389,18 +492,18 @@ static void test_rmsnorm(void) {
     for (size_t d = 1; d < 80; d += 7)
         for (int kept = 0; kept < 2; kept++) {
             enum { n = 5 };
-            const real eps = d % 2 ? (real)1e-6 : (real)0.3;
+            const double eps = d % 2 ? 1e-6 : 0.3;
             real w[80], inverse[n];
             fill(w, d);
-            Block x = block(n, d, 3), y = block(n, d, 2);
-            Tensor t = { "w", 1, 1, d, ONES, F32, 0, w };
-            rmsnorm(y.x, y.ld, kept ? inverse : NULL, x.x, x.ld, &t, n, eps);
-            double worst = 0;
+            Array x = random_array(n, d, 3), y = random_array(n, d, 3);
+            Tensor t = { .name = "w", .copies = 1, .rows = 1, .cols = d, .data = w };
+            rmsnorm(y.x, kept ? inverse : NULL, x.x, x.ld, &t, n, eps);
+            double worst = gaps_are_whole(y) ? 0 : INFINITY;
             for (size_t i = 0; i < n; i++) {
                 double square = 0;
                 for (size_t k = 0; k < d; k++)
                     square += (double)x.x[i * x.ld + k] * (double)x.x[i * x.ld + k];
-                double scale = 1 / sqrt(square / (double)d + (double)eps);
+                double scale = 1 / sqrt(square / (double)d + eps);
                 if (kept) worst = larger(worst, fabs(inverse[i] / scale - 1));
                 for (size_t k = 0; k < d; k++) {
                     double exact = (double)w[k] * (double)x.x[i * x.ld + k] * scale;
@@ -411,13 +514,207 @@ static void test_rmsnorm(void) {
             free(x.x); free(y.x);
         }
     for (size_t n = 0; n < 70; n++) {
-        real x[70], y[70];
+        real x[70], y[70], z[70];
         fill(x, n);
         fill(y, n);
-        double exact = 0, sizes = 0;
-        for (size_t i = 0; i < n; i++)
-            exact += (double)x[i] * (double)y[i], sizes += fabs((double)x[i] * (double)y[i]);
+        fill(z, n);
+        double exact = 0, sizes = 0, exact3 = 0, sizes3 = 0;
+        for (size_t i = 0; i < n; i++) {
+            const double two = (double)x[i] * (double)y[i], three = two * (double)z[i];
+            exact += two, sizes += fabs(two);
+            exact3 += three, sizes3 += fabs(three);
+        }
         check(fabs((double)dot(x, y, n) - exact) <= EPS * (double)(n + 2) * sizes, "dot of %zu", n);
+        check(fabs((double)dot3(x, y, z, n) - exact3) <= EPS * (double)(n + 3) * sizes3,
+              "dot3 of %zu", n);
+    }
+}
+
+// ---- fast against plain -------------------------------------------------------------------------
+// A sum of K terms is within (K + 6) eps / 2 times the sum of their sizes, in any order: K
+// roundings to add them up, and at most 6 for a product of three, a scale, or what it is added to.
+// Two such sums are within twice that of each other.
+
+static double sum_bound(size_t K, double sizes) { return (double)(K + 6) * EPS * sizes; }
+
+enum Form { NT, NN, TN };
+static const char *const form_names[] = { "nt", "nn", "tn" };
+static const char *const type_names[] = { "f32", "bf16", "q8" };
+
+// Term k of number (i, j) of a product.
+static double term(enum Form form, Matrix a, Matrix b, size_t i, size_t j, size_t k) {
+    switch (form) {
+    case NT: return (double)number(a, i, k) * (double)number(b, j, k);
+    case NN: return (double)number(a, i, k) * (double)number(b, k, j);
+    default: return (double)number(a, k, i) * (double)number(b, k, j);
+    }
+}
+
+// Both forms of c = a b, or += with `add`, where the sums have K terms. c comes out as it was.
+static void compare_product(enum Form form, Array c, Matrix a, Matrix b, size_t K, int add) {
+    static void (*const both[][2])(real *, size_t, Matrix, Matrix, int) = {
+        [NT] = { matmul_nt, plain_matmul_nt }, [NN] = { matmul_nn, plain_matmul_nn },
+        [TN] = { matmul_tn, plain_matmul_tn } };
+    Array fast = copy_of(c), plain = copy_of(c);
+    both[form][0](fast.x, c.ld, a, b, add);
+    both[form][1](plain.x, c.ld, a, b, add);
+    double worst = gaps_are_whole(fast) && gaps_are_whole(plain) ? 0 : INFINITY;
+    for (size_t i = 0; i < c.rows; i++)
+        for (size_t j = 0; j < c.cols; j++) {
+            const size_t at = i * c.ld + j;
+            double sizes = add ? fabs((double)c.x[at]) : 0;
+            for (size_t k = 0; k < K; k++) sizes += fabs(term(form, a, b, i, j, k));
+            const double off = fabs((double)fast.x[at] - (double)plain.x[at]);
+            worst = larger(worst, off <= 0 ? 0 : off / sum_bound(K, sizes));
+        }
+    check(worst <= 1, "matmul_%s, %zu x %zu and %s %zu x %zu, at strides %zu, %zu, %zu, add %d: "
+          "fast and plain are %g times the bound apart", form_names[form], a.rows, a.cols,
+          type_names[b.type], b.rows, b.cols, c.ld, a.ld, b.ld, add, worst);
+    free(fast.x); free(plain.x);
+}
+
+// All forms with x (n, in), w (out, in) and y (n, out), each at a stride of its own.
+static void compare_products(enum Type type, size_t n, size_t in, size_t out, int add) {
+    size_t gap[4] = { 0 };
+    for (int i = 0; i < 4; i++) if (random_size(0, 1)) gap[i] = random_size(1, 80);
+    Array x = random_array(n, in, gap[0]), y = random_array(n, out, gap[1]),
+          dw = random_array(out, in, gap[2]);
+    const Matrix w = random_matrix(type, out, in, gap[3]);
+    compare_product(NT, y, view_of(x), w, in, add);
+    compare_product(NN, x, view_of(y), w, out, add);
+    if (type == F32) compare_product(TN, dw, view_of(y), view_of(x), n, add);
+    free(x.x); free(y.x); free(dw.x);
+    free_matrix(w);
+}
+
+static void test_plain_products(void) {
+    static const size_t sizes[][3] = { { 1, 1, 1 },    { 193, 300, 65 }, { 2, 5000, 9 },
+                                       { 1, 9000, 5 }, { 7, 64, 64 },    { 6, 128, 33 },
+                                       { 5, 33, 2000 } };
+    for (size_t i = 0; i < sizeof sizes / sizeof *sizes; i++)
+        for (int type = F32; type <= Q8; type++)
+            for (int add = 0; add < 2; add++)
+                compare_products((enum Type)type, sizes[i][0], sizes[i][1], sizes[i][2], add);
+    for (int i = 0; i < 240; i++)
+        compare_products((enum Type)(i % 3), i % 2 ? random_size(1, 8) : random_size(1, 70),
+                         random_size(1, i % 5 ? 70 : 400), random_size(1, 70), i / 3 % 2);
+}
+
+// n products of one row each, of up to `most` rows and columns. Every other one has the x and the
+// type of the one before; the others are of this type or, where it is 3, of any.
+static void compare_matvecs(size_t n, int type, size_t most) {
+    Matvec fast[MOST_MATVECS], plain[MOST_MATVECS];
+    real *first[MOST_MATVECS];
+    size_t scratch_size = 0;
+    for (size_t j = 0; j < n; j++) {
+        const Matvec *before = j && random_size(0, 1) ? &fast[j - 1] : NULL;
+        const enum Type own = type < 3 ? (enum Type)type : (enum Type)random_size(F32, Q8);
+        const size_t rows = random_size(1, most), gap = random_size(0, 1) * random_size(1, 80);
+        const size_t cols = before ? before->w.cols : random_size(1, most);
+        const Matrix w = random_matrix(before ? before->w.type : own, rows, cols, gap);
+        const real *x = before ? before->x : random_array(1, cols, 0).x;
+        if (!before && w.type != F32) scratch_size += cols;
+        fast[j] = (Matvec){ malloc(rows * sizeof(real)), x, w };
+        plain[j] = (Matvec){ malloc(rows * sizeof(real)), x, w };
+        first[j] = malloc(rows * sizeof(real));
+    }
+    real *scratch = malloc((scratch_size + 1) * sizeof(real));
+    plain_matvecs(plain, n, NULL);
+    double worst = 0;
+    int same = 1;
+    for (size_t threads = 1; threads <= 3; threads++) {
+        set_threads(threads);
+        matvecs(fast, n, scratch);
+        for (size_t j = 0; j < n; j++) {
+            const size_t bytes = fast[j].w.rows * sizeof(real);
+            if (threads == 1) memcpy(first[j], fast[j].y, bytes);
+            same &= !memcmp(first[j], fast[j].y, bytes);
+        }
+    }
+    set_threads(1);
+    for (size_t j = 0; j < n; j++) {
+        const Matrix w = fast[j].w;
+        for (size_t row = 0; row < w.rows; row++) {
+            double sizes = 0;
+            for (size_t i = 0; i < w.cols; i++)
+                sizes += fabs((double)number(w, row, i) * (double)fast[j].x[i]);
+            const double off = fabs((double)fast[j].y[row] - (double)plain[j].y[row]);
+            worst = larger(worst, off <= 0 ? 0 : off / sum_bound(w.cols, sizes));
+        }
+    }
+    check(worst <= 1, "%zu products of one row, type %d, up to %zu: %g times the bound", n, type,
+          most, worst);
+    check(same, "%zu products of one row, type %d: other bits with other threads", n, type);
+    for (size_t j = n; j-- > 0; ) {
+        if (!j || fast[j].x != fast[j - 1].x) free((void *)fast[j].x);
+        free(fast[j].y); free(plain[j].y); free(first[j]);
+        free_matrix(fast[j].w);
+    }
+    free(scratch);
+}
+
+static void test_matvecs(void) {
+    for (int type = 0; type <= 3; type++) {         // 3: a mixture
+        for (size_t n = 1; n < 10; n++) compare_matvecs(n, type, 150);
+        compare_matvecs(MOST_MATVECS, type, 40);
+        compare_matvecs(6, type, 600);
+    }
+}
+
+static void test_plain_exp(void) {
+    double worst = 0, worst_sigmoid = 0;
+    for (double at = -86.9; at <= 86.9; at += 0.0137) {
+        const real x = (real)at;
+        const double exact = (double)plain_real_exp(x), s = (double)plain_sigmoid(x);
+        worst = larger(worst, fabs((double)real_exp(x) / exact - 1));
+        if (fabs(at) < 80) worst_sigmoid = larger(worst_sigmoid, fabs((double)sigmoid(x) / s - 1));
+    }
+    // 3 units in the last place and half of one; 6, as above, and 2
+    check(worst <= 4 * EPS, "real_exp, fast and plain, are %g apart", worst);
+    check(worst_sigmoid <= 8 * EPS, "sigmoid, fast and plain, are %g apart", worst_sigmoid);
+    check(isnan(plain_real_exp((real)NAN)) && isnan(plain_sigmoid((real)NAN)) &&
+          plain_sigmoid(1000) == 1 && plain_sigmoid(-1000) >= 0, "plain sigmoid far out");
+}
+
+static void test_plain_sums(void) {
+    enum { MOST_N = 300 };
+    real x[MOST_N], y[MOST_N], z[MOST_N];
+    for (size_t n = 0; n <= MOST_N; n += n < 70 ? 1 : 23) {
+        fill(x, n);
+        fill(y, n);
+        fill(z, n);
+        double sizes = 0, sizes3 = 0;
+        for (size_t i = 0; i < n; i++) {
+            sizes += fabs((double)x[i] * (double)y[i]);
+            sizes3 += fabs((double)x[i] * (double)y[i] * (double)z[i]);
+        }
+        check(fabs((double)dot(x, y, n) - (double)plain_dot(x, y, n)) <= sum_bound(n, sizes),
+              "dot of %zu, fast and plain", n);
+        check(fabs((double)dot3(x, y, z, n) - (double)plain_dot3(x, y, z, n)) <=
+              sum_bound(n, sizes3), "dot3 of %zu, fast and plain", n);
+        if (!n) continue;
+        const real scale = (real)(0.1 + 2 * rng_uniform(&rng));
+        real fast_log, plain_log, max = x[0];
+        for (size_t i = 0; i < n; i++) {
+            x[i] *= 4;
+            max = x[i] > max || i == 0 ? x[i] : max;
+        }
+        memcpy(y, x, n * sizeof(real));
+        memcpy(z, x, n * sizeof(real));
+        softmax(x, n, scale, &fast_log);
+        plain_softmax(y, n, scale, &plain_log);
+        plain_softmax(z, n, scale, NULL);
+        double worst = 0;
+        for (size_t i = 0; i < n; i++) {
+            // 4 between the exponentials above and below, n for the sums, 2 to divide
+            const double bound = EPS * (double)(n + 10) * (double)y[i] + 1e-37;
+            worst = larger(worst, fabs((double)x[i] - (double)y[i]) / bound);
+        }
+        check(worst <= 1 && !memcmp(y, z, n * sizeof(real)),
+              "softmax of %zu, fast and plain: %g times the bound", n, worst);
+        check(fabs((double)fast_log - (double)plain_log) <=
+              EPS * (2 * fabs((double)(scale * max)) + (double)n + 20),
+              "log sum of %zu: %.9g and %.9g", n, (double)fast_log, (double)plain_log);
     }
 }
 
@@ -454,9 +751,9 @@ static void test_rope(void) {
         const double *o = cases[k], dim = 24, factor = o[1];
         Config c = small_config();
         c.qk_rope_head_dim = 24;
-        c.rope_scaling_type = (int64_t)o[0];
+        c.rope_scaling_type = (int[]){ NO_SCALING, LINEAR, YARN }[(int)o[0]];
         c.rope_scaling_factor = factor;
-        c.rope_scaling_original = (int64_t)o[2];
+        c.rope_scaling_original = (size_t)o[2];
         c.rope_scaling_beta_fast = o[3];
         c.rope_scaling_beta_slow = o[4];
         c.rope_scaling_mscale = o[5];
@@ -518,9 +815,9 @@ static size_t rank(const real *x, size_t n, size_t i) {
 
 // Compares choose() with what the ranks say.
 static void compare_choice(const real *s, const Config *c, const char *what) {
-    const size_t E = (size_t)c->n_routed_experts, K = (size_t)c->num_experts_per_tok;
-    const size_t groups = c->topk_method ? (size_t)c->n_group : 1, size = E / groups;
-    real allowed[64], best[64], weight[64];
+    const size_t E = c->n_routed_experts, K = c->num_experts_per_tok;
+    const size_t groups = c->topk_method == GREEDY ? 1 : c->n_group, size = E / groups;
+    real allowed[64], best[64], weight[64], left[64];
     int expert[64];
     double total = 1e-20;
     for (size_t g = 0; g < groups; g++) {
@@ -530,9 +827,9 @@ static void compare_choice(const real *s, const Config *c, const char *what) {
     }
     for (size_t e = 0; e < E; e++)
         allowed[e] =
-            !c->topk_method || rank(best, groups, e / size) < (size_t)c->topk_group ? s[e] : 0;
+            c->topk_method == GREEDY || rank(best, groups, e / size) < c->topk_group ? s[e] : 0;
     for (size_t e = 0; e < E; e++) if (rank(allowed, E, e) < K) total += (double)allowed[e];
-    choose(expert, weight, s, c);
+    choose(expert, weight, left, s, c);
     int same = 1;
     for (size_t k = 0; k < K; k++) {
         same &= expert[k] >= 0 && (size_t)expert[k] < E && rank(allowed, E, (size_t)expert[k]) == k;
@@ -540,26 +837,39 @@ static void compare_choice(const real *s, const Config *c, const char *what) {
                        (c->norm_topk_prob && K > 1 ? 1 / total : c->routed_scaling_factor);
         same &= fabs((double)weight[k] - exact) <= (double)(K + 3) * EPS * exact;
     }
-    check(same, "choose: %s, E %zu, K %zu, groups %zu of %zu", what, E, K, (size_t)c->topk_group,
-          groups);
+    check(same, "choose: %s, E %zu, K %zu, groups %zu of %zu", what, E, K, c->topk_group, groups);
+}
+
+static void test_argmax(void) {
+    real x[64] = { 1, 3, 3, 2, 3 };
+    size_t order[4];
+    x[1] = -INFINITY;                       // is taken, as choose() marks it
+    for (int i = 0; i < 4; i++) {
+        order[i] = argmax(x, 5);
+        x[order[i]] = -INFINITY;
+    }
+    check(order[0] == 2 && order[1] == 4 && order[2] == 3 && order[3] == 0,
+          "the largest of 5 numbers, one after the other: %zu %zu %zu %zu", order[0], order[1],
+          order[2], order[3]);
+    check(argmax(x, 5) == 0, "the largest of 5 that are taken is number %zu", argmax(x, 5));
+    for (int i = 0; i < 300; i++) {         // every other time with many that are equal
+        const size_t n = random_size(1, 64);
+        for (size_t j = 0; j < n; j++)
+            x[j] = i % 2 ? (real)rng_normal(&rng) : (real)random_size(0, 4) - 2;
+        check(rank(x, n, argmax(x, n)) == 0, "the largest of %zu is number %zu", n, argmax(x, n));
+    }
 }
 
 static void test_choose(void) {
     Config c = small_config();
-    real s[64], x[5] = { 1, 3, 3, 2, 3 };
-    unsigned char taken[5] = { 0, 1, 0, 0, 0 };
-    int order[4];
-    for (int i = 0; i < 4; i++) order[i] = take_largest(x, taken, 5);
-    check(order[0] == 2 && order[1] == 4 && order[2] == 3 && order[3] == 0,
-          "take_largest: %d %d %d %d", order[0], order[1], order[2], order[3]);
+    real s[64];
     for (int i = 0; i < 400; i++) {
         const size_t groups = random_size(1, 6), size = random_size(1, 6), E = groups * size;
-        c.topk_method = i % 2;
-        c.n_routed_experts = (int64_t)E;
-        c.n_group = c.topk_method ? (int64_t)groups : 1;
-        c.topk_group = c.topk_method ? (int64_t)random_size(1, groups) : 1;
-        c.num_experts_per_tok =
-            (int64_t)random_size(1, c.topk_method ? (size_t)c.topk_group * size : E);
+        c.topk_method = i % 2 ? GROUP_LIMITED_GREEDY : GREEDY;
+        c.n_routed_experts = E;
+        c.n_group = i % 2 ? groups : 1;
+        c.topk_group = i % 2 ? random_size(1, groups) : 1;
+        c.num_experts_per_tok = random_size(1, i % 2 ? c.topk_group * size : E);
         c.norm_topk_prob = i / 2 % 2;
         c.routed_scaling_factor = i % 3 ? 1 : 2.5;
         // Every third time scores have ties; a group that may be chosen always scores something.
@@ -582,7 +892,7 @@ static const real some_logits[V] = {
     1, 2, 1.5, 1, -1, 1, -0.5, 0.25, 1, -3, 0.375, -2, 1.75, -0.125
 };
 
-// The distribution that the comment in coe.c [12] describes, said with ranks instead of sorting.
+// The distribution that the comment in coe.c [8] describes, said with ranks instead of sorting.
 static void distribution(double *p, const Sampler *o, const unsigned char *seen) {
     real z[V];
     double total = 0, largest, ahead, part = 0;
@@ -706,7 +1016,7 @@ static void test_sampler(void) {
     check(other, "the seed makes no difference");
 }
 
-// sample() as the comment in coe.c [12] says it: everything is sorted.
+// sample() as the comment in coe.c [8] says it: everything is sorted.
 static int sample_by_sorting(Sampler *o, real *logits, Candidate *candidate, size_t V) {
     double all = 0, part = 0, total = 0;
     size_t kept = 0;
@@ -1151,7 +1461,7 @@ static void test_random_tokenizers(void) {
         size_t bytes;
         random_plan(&p);
         char *section = plan_section(&p, &bytes);
-        Tokenizer *t = tokenizer_new(BPE, section, bytes, "test", (int64_t)p.n_tokens);
+        Tokenizer *t = tokenizer_new(BPE, section, bytes, "test", p.n_tokens);
         for (int k = 0; k < 10 && right; k++) {
             char text[TEXT_MOST + 4];
             int ids[TEXT_MOST + 4], expected[TEXT_MOST + 4], special = k % 2;
@@ -1457,7 +1767,7 @@ static void test_byte_tokenizer(void) {
     release(t);
 }
 
-// ---- numbers as text ----------------------------------------------------------------------------
+// ---- keys and numbers as text -------------------------------------------------------------------
 
 static const Key *key(const char *name) {
     for (int i = 0; i < CONFIG_KEYS; i++)
@@ -1513,9 +1823,9 @@ static void test_keys(void) {
         { "use_igate", "true" },         { "topk_method", "group_limited_greedy" },
         { "rope_scaling.type", "null" }, { "rope_scaling.type", "yarn" }
     };
-    Config c, before;
+    Config c = { 0 }, before;
     keys_init(config_keys, CONFIG_KEYS, &c);
-    before = c;
+    memcpy(&before, &c, sizeof c);              // and so the bytes between fields are the same
     for (size_t i = 0; i < sizeof wrong / sizeof *wrong; i++)
         check(!key_parse(key(wrong[i][0]), &c, wrong[i][1]), "%s takes \"%s\"", wrong[i][0],
               wrong[i][1]);
@@ -1527,13 +1837,161 @@ static void test_keys(void) {
               right[i][0], key_text(key(right[i][0]), &c), right[i][1]);
     }
     for (int i = 0; i < CONFIG_KEYS; i++) {         // what is shown can be given again
-        Config again = before;
+        Config again;
         char text[64];
+        memcpy(&again, &before, sizeof before);
         snprintf(text, sizeof text, "%s", key_text(&config_keys[i], &before));
-        check(config_keys[i].offset == (size_t)i * 8 && key_parse(&config_keys[i], &again, text) &&
-                  !memcmp(&again, &before, sizeof again),
+        check(key_parse(&config_keys[i], &again, text) && !memcmp(&again, &before, sizeof again),
               "%s: \"%s\" and back", config_keys[i].name, text);
     }
+}
+
+// The bytes of a key's field.
+static size_t field_bytes(const Key *k) {
+    return k->kind == BOOL ? sizeof(bool) : k->kind == WORD ? sizeof(int) : 8;
+}
+
+// A field lies at the first multiple of its size behind the one before: so the rows of the table
+// are all of Config, in its order, and none is there twice.
+static void test_key_offsets(void) {
+    size_t end = 0;
+    for (int i = 0; i < CONFIG_KEYS; i++) {
+        const Key *k = &config_keys[i];
+        const size_t bytes = field_bytes(k), at = (end + bytes - 1) / bytes * bytes;
+        check(k->offset == at, "%s is at byte %zu of Config, not %zu", k->name, k->offset, at);
+        end = at + bytes;
+    }
+    check((end + 7) / 8 * 8 == sizeof(Config), "Config has %zu bytes, its rows %zu", sizeof(Config),
+          end);
+}
+
+// How many words a key has.
+static int words_of(const Key *k) {
+    int n = 0;
+    size_t length;
+    while (word(k->words, n, &length)) n++;
+    return n;
+}
+
+// Whether key k takes x, by key_set or, as text, by key_parse. Then its value is x; if not, nothing
+// has changed.
+static int takes(const Key *k, double x, int parsed) {
+    static Config c, before;            // static: the bytes between fields are 0
+    char text[400];
+    keys_init(config_keys, CONFIG_KEYS, &c);
+    memcpy(&before, &c, sizeof c);
+    snprintf(text, sizeof text, k->kind == NUM ? "%.17g" : "%.0f", x);
+    const int taken = parsed ? key_parse(k, &c, text) : key_set(k, &c, x);
+    check(taken ? key_number(k, &c) == x : !memcmp(&c, &before, sizeof c),
+          "%s is %.17g after %.17g", k->name, key_number(k, &c), x);
+    for (int i = 0; i < CONFIG_KEYS; i++)
+        if (&config_keys[i] != k && !key_equal(&config_keys[i], &c, &before))
+            check(0, "%s = %.17g changes %s", k->name, x, config_keys[i].name);
+    return taken;
+}
+
+static void test_key_ranges(void) {
+    for (int i = 0; i < CONFIG_KEYS; i++) {
+        const Key *k = &config_keys[i];
+        const int number = k->kind == NUM, named = k->kind == BOOL || k->kind == WORD;
+        const double least = named ? 0 : k->least,
+            most = k->kind == BOOL ? 1 : k->kind == WORD ? words_of(k) - 1 : k->most;
+        for (int parsed = 0; parsed < (named ? 1 : 2); parsed++) {
+            check(takes(k, least, parsed) && takes(k, most, parsed), "%s takes %g and %g", k->name,
+                  least, most);
+            check(!takes(k, number ? nextafter(least, -INFINITY) : least - 1, parsed),
+                  "%s takes less than %g", k->name, least);
+            check(!takes(k, number ? nextafter(most, INFINITY) : most + 1, parsed),
+                  "%s takes more than %g", k->name, most);
+            check(!takes(k, NAN, parsed) && !takes(k, INFINITY, parsed) &&
+                  !takes(k, -INFINITY, parsed), "%s takes what is no number", k->name);
+        }
+        const double half = floor(least) + 0.5;
+        check(takes(k, half, 0) == number, "%s takes %g", k->name, half);
+        for (int j = 0; k->kind == WORD && j < words_of(k); j++) {
+            Config c = { 0 };
+            char text[64];
+            size_t length;
+            const char *name = word(k->words, j, &length);
+            snprintf(text, sizeof text, "%.*s", (int)length, name);
+            const int taken = key_parse(k, &c, text);
+            check(taken && key_number(k, &c) == j && !strcmp(key_text(k, &c), text),
+                  "%s is %s after %s", k->name, key_text(k, &c), text);
+        }
+    }
+}
+
+// Every key gets another value, which is copied, compared, shown and read.
+static void test_key_equal(void) {
+    for (int i = 0; i < CONFIG_KEYS; i++) {
+        const Key *k = &config_keys[i];
+        static Config a, b, copy;
+        keys_init(config_keys, CONFIG_KEYS, &a);
+        keys_init(config_keys, CONFIG_KEYS, &b);
+        keys_init(config_keys, CONFIG_KEYS, &copy);
+        check(key_equal(k, &a, &b), "%s is equal to itself", k->name);
+        const double most = k->kind == BOOL || k->kind == WORD ? 1 : k->most;
+        const double other = key_number(k, &a) == most ? k->least : most;
+        check(key_set(k, &b, other) && !key_equal(k, &a, &b), "%s is another", k->name);
+        key_copy(k, &copy, &b);
+        check(key_equal(k, &copy, &b) && key_number(k, &copy) == other, "%s is copied", k->name);
+        check(key_parse(k, &a, key_text(k, &b)) && key_equal(k, &a, &b), "%s: \"%s\" and back",
+              k->name, key_text(k, &b));
+    }
+    const Key *theta = key("rope_theta");
+    Config c = { 0 }, again = { 0 };
+    int right = 1;
+    for (int i = 0; i < 5000; i++) {            // any number comes back as it was
+        c.rope_theta = pow(10, -29.9 + 59.8 * rng_uniform(&rng));
+        right &= key_parse(theta, &again, key_text(theta, &c)) && again.rope_theta == c.rope_theta;
+    }
+    check(right, "numbers, shown and read");
+    c.rope_theta = 0.1;
+    check(!strcmp(key_text(theta, &c), "0.1"), "0.1 is shown as %s", key_text(theta, &c));
+}
+
+// A table with what Config does not have: texts, letters, flags, a name with a dash.
+typedef struct { const char *text; bool flag; int64_t whole; } Some;
+static const Key some_keys[] = {
+    { KEY(Some, text), .letter = 't', .init = "what it is" },
+    { KEY_AS(Some, flag, "a-flag"), .flag = true, .init = "false" },
+    { KEY(Some, whole), .letter = 'w', RANGE(-5, 5), .init = "-3" },
+};
+
+static const Key *some_key(const char *name) { return key_named(some_keys, 3, name, strlen(name)); }
+
+static void test_key_named(void) {
+    for (int i = 0; i < CONFIG_KEYS; i++) {
+        const Key *k = &config_keys[i];
+        const size_t n = strlen(k->name);
+        char dashed[80], longer[80];
+        snprintf(dashed, sizeof dashed, "%s=5", k->name);
+        snprintf(longer, sizeof longer, "%ss", k->name);
+        for (char *c = dashed; *c; c++) if (*c == '_') *c = '-';
+        check(key_named(config_keys, CONFIG_KEYS, k->name, n) == k &&
+              key_named(config_keys, CONFIG_KEYS, dashed, n) == k, "the key %s", k->name);
+        check(key_named(config_keys, CONFIG_KEYS, k->name, n - 1) != k &&
+              !key_named(config_keys, CONFIG_KEYS, longer, n + 1) &&
+              !key_named(config_keys, CONFIG_KEYS, dashed, n + 2), "the key %s, nearly", k->name);
+    }
+    check(some_key("a-flag") == &some_keys[1] && some_key("a_flag") == &some_keys[1],
+          "- and _ are the same");
+    check(!some_key("aflag") && !some_key("a flag") && !some_key("a-") && !some_key("A-flag") &&
+          !some_key(""), "other names are none");
+    check(some_key("t") == &some_keys[0] && some_key("w") == &some_keys[2], "letters");
+    check(!some_key("a") && !some_key("x") && !some_key("-"), "other letters are none");
+    Some a, b = { 0 };
+    keys_init(some_keys, 3, &a);
+    check(!strcmp(a.text, "what it is") && !a.flag && a.whole == -3, "a table with a text");
+    check(!key_equal(some_keys, &a, &b) && key_equal(some_keys, &b, &b), "no text is no text");
+    char same[] = "what it is";
+    b.text = same;
+    check(key_equal(some_keys, &a, &b), "two texts are equal by what they say");
+    check(key_parse(some_keys, &b, "") && !strcmp(key_text(some_keys, &b), ""), "an empty text");
+    check(!key_equal(some_keys, &a, &b), "two texts differ");
+    key_copy(some_keys, &b, &a);
+    check(b.text == a.text, "a text is copied");
+    check(!key_set(some_keys, &b, 0) && b.text == a.text, "a text is no number");
 }
 
 static void test_decimal(void) {
@@ -1557,6 +2015,146 @@ static void test_decimal(void) {
           "decimal of the largest and smallest numbers");
 }
 
+// ---- checksums and texts of a model file --------------------------------------------------------
+
+static void test_crc32(void) {
+    static unsigned char bytes[1000];
+    const uint32_t known = crc32(0, "123456789", 9);
+    check(known == 0xCBF43926u, "crc32 of \"123456789\" is %08x", known);
+    check(crc32(0, bytes, 0) == 0 && crc32(known, bytes, 0) == known,
+          "nothing does not change a CRC");
+    for (size_t i = 0; i < sizeof bytes; i++) bytes[i] = (unsigned char)rng_next(&rng);
+    for (int i = 0; i < 200; i++) {
+        const size_t first = random_size(0, 20), n = random_size(0, sizeof bytes - first);
+        uint32_t slow = 0xFFFFFFFFu, pieces = 0;
+        for (size_t j = 0; j < 8 * n; j++) {            // a bit at a time
+            slow ^= j % 8 ? 0 : bytes[first + j / 8];
+            slow = slow >> 1 ^ (slow & 1 ? 0xEDB88320u : 0);
+        }
+        for (size_t j = 0, part; j < n; j += part) {
+            part = random_size(0, n - j);
+            pieces = crc32(pieces, bytes + first + j, part);
+        }
+        const uint32_t whole = crc32(0, bytes + first, n);
+        check(whole == ~slow && pieces == whole,
+              "crc32 of %zu bytes: %08x, in pieces %08x, not %08x", n, whole, pieces, ~slow);
+    }
+}
+
+// A text as JSON and back.
+static void check_json(const char *text) {
+    Lines lines = { 0 };
+    add_bytes(&lines, "x ", 2);
+    add_json_string(&lines, text);
+    int right = lines.padded % 64 == 0 && lines.padded >= lines.bytes;
+    for (size_t i = lines.bytes; i < lines.padded; i++) right &= lines.text[i] == 0;
+    char *json = calloc(lines.bytes - 1, 1);            // with a NUL, and not a byte more
+    memcpy(json, lines.text + 2, lines.bytes - 2);
+    for (const char *c = json; *c; c++) right &= (unsigned char)*c >= 0x20;
+    check(right && strlen(json) == lines.bytes - 2, "JSON of a text: %s", json);
+    const char *back = json_string(json);
+    check(back && !strcmp(back, text), "a text is \"%s\" after JSON, was \"%s\"",
+          back ? back : "none", text);
+    free(json);
+    release(lines.text);
+}
+
+static void test_json(void) {
+    static const char *const texts[] = {
+        "", "\"", "\\", "\\\"", "a\"b\\c/d", "\\u0041", "\n\t\r\b\f", "\x01\x1F\x7F",
+        "\xC3\xA9\xF0\x9F\x99\x82", "{\"a\": 1}",
+    };
+    static const char *const good[][2] = {
+        { "\"\"", "" }, { "\"a b\"", "a b" }, { "\"\xC3\xA9\"", "\xC3\xA9" },
+        { "\"\\\"\\\\\\/\\b\\f\\n\\r\\t\"", "\"\\/\b\f\n\r\t" },
+        { "\"\\u001f\\u007f\"", "\x1F\x7F" },
+        { "\"\\u0041\\u00e9\\u00E9\"", "A\xC3\xA9\xC3\xA9" },
+        { "\"\\u07ff\\u0800\"", "\xDF\xBF\xE0\xA0\x80" },
+        { "\"\\u20ac\\uFFFF\"", "\xE2\x82\xAC\xEF\xBF\xBF" },
+        { "\"x\\ud83d\\ude42y\"", "x\xF0\x9F\x99\x82y" },
+        { "\"\\uD800\\uDC00\"", "\xF0\x90\x80\x80" }, { "\"\\udbff\\udfff\"", "\xF4\x8F\xBF\xBF" },
+    };
+    static const char *const bad[] = {
+        // no string, or more than one
+        "", "a", "\"", "\"a", "a\"", "'a'", "\"a\"b", "\"a\" ",
+        // control characters, and escapes that there are not
+        "\"a\nb\"", "\"a\tb\"", "\"\x01\"", "\"\\\"", "\"\\", "\"\\a\"", "\"\\x41\"", "\"\\U0041\"",
+        // numbers
+        "\"\\u\"", "\"\\u", "\"\\u004\"", "\"\\u004", "\"\\u00g1\"", "\"\\u 041\"", "\"\\u-041\"",
+        "\"\\u0000\"",
+        // halves of pairs
+        "\"\\ud83d\"", "\"\\ud83d", "\"\\ud83dx\"", "\"\\ud83d\\n\"", "\"\\ud83d\\u\"",
+        "\"\\ud83d\\u0041\"", "\"\\ud83d\\ud83d\"", "\"\\ude42\"", "\"\\ude42\\ud83d\"",
+        "\"\\ud83d\\", "\"\\ud83d\\ude4\"", "\"\\ud83d \\ude42\"", "\"\\ud83d\\ue000\"",
+        "\"\\ude42\\ude42\"", "\"\\ud83d\\udbff\"",
+    };
+    for (size_t i = 0; i < sizeof texts / sizeof *texts; i++) check_json(texts[i]);
+    for (int i = 0; i < 300; i++) {                     // any bytes, but for the NUL
+        char text[200];
+        const size_t n = random_size(0, sizeof text - 1);
+        for (size_t j = 0; j < n; j++)
+            text[j] = i % 2 ? (char)random_size(1, 255) : "\"\\\n\x01u0"[random_size(0, 5)];
+        text[n] = 0;
+        check_json(text);
+    }
+    for (size_t i = 0; i < sizeof good / sizeof *good; i++) {
+        char *json = strdup(good[i][0]);
+        const char *text = json_string(json);
+        check(text && !strcmp(text, good[i][1]), "%s is read as \"%s\"", good[i][0],
+              text ? text : "none");
+        free(json);
+    }
+    for (size_t i = 0; i < sizeof bad / sizeof *bad; i++) {
+        char *json = strdup(bad[i]);
+        check(!json_string(json), "%s is taken for a JSON string", bad[i]);
+        free(json);
+    }
+    int right = 1;
+    for (uint32_t code = 1; code < 0x110000 && right; code += code < 0x3000 ? 1 : 37) {
+        char json[16], utf8[5] = { 0 };
+        size_t length;
+        if (code >= 0xD800 && code < 0xE000) continue;
+        const uint32_t high = 0xD800 + ((code - 0x10000) >> 10), low = 0xDC00 + (code & 0x3FF);
+        if (code < 0x10000) snprintf(json, sizeof json, "\"\\u%04x\"", code);
+        else snprintf(json, sizeof json, "\"\\u%04X\\u%04x\"", high & 0xFFFF, low & 0xFFFF);
+        const char *text = json_string(json);
+        right = text && char_at(text, 0, strlen(text), &length) == code && length == strlen(text) &&
+            put_utf8(utf8, code) == length && !strcmp(utf8, text);
+        if (!right) printf("code point U+%04X\n", code);
+    }
+    check(right, "code points in JSON");
+}
+
+// What add_lines() writes read_lines() reads, whatever the values are.
+static void test_lines(void) {
+    for (int i = 0; i < 50; i++) {
+        Config c, again;
+        const char *text = i % 2 ? "two \"words\"\nand \\" : "";
+        Some some = { .text = text, .flag = i % 2, .whole = i % 11 - 5 }, some_again;
+        unsigned char given[CONFIG_KEYS + 3] = { 0 };
+        Lines lines = { 0 };
+        keys_init(config_keys, CONFIG_KEYS, &c);
+        for (int j = 0; j < CONFIG_KEYS; j++) {
+            const Key *k = &config_keys[j];
+            const double part = rng_uniform(&rng), x = k->least + part * (k->most - k->least);
+            key_set(k, &c, k->kind == NUM ? x : k->kind == BOOL ? part < 0.5
+                         : k->kind == WORD ? floor(part * words_of(k)) : floor(x));
+        }
+        const Options from[2] = { { config_keys, CONFIG_KEYS, &c, NULL },
+                                  { some_keys, 3, &some, NULL } };
+        const Options to[2] = { { config_keys, CONFIG_KEYS, &again, given },
+                                { some_keys, 3, &some_again, given + CONFIG_KEYS } };
+        add_lines(&lines, &from[i % 3 > 0]);            // in any order
+        add_lines(&lines, &from[i % 3 == 0]);
+        read_lines(to, 2, lines.text, lines.padded, "lines");
+        int right = 1;
+        for (int j = 0; j < CONFIG_KEYS; j++) right &= key_equal(&config_keys[j], &c, &again);
+        for (int j = 0; j < 3; j++) right &= key_equal(&some_keys[j], &some, &some_again);
+        check(right, "lines, written and read");
+        release(lines.text);
+    }
+}
+
 int main(void) {
     program = "test_ops";
     test_sizes();
@@ -1565,10 +2163,17 @@ int main(void) {
     test_same_bits();
     test_types();
     test_linear();
+    test_number();
+    test_slice();
     test_exp();
     test_softmax();
     test_rmsnorm();
+    test_plain_products();
+    test_matvecs();
+    test_plain_exp();
+    test_plain_sums();
     test_rope();
+    test_argmax();
     test_choose();
     test_sampler();
     test_selection();
@@ -1580,7 +2185,14 @@ int main(void) {
     test_damaged_sections();
     test_long_runs();
     test_keys();
+    test_key_offsets();
+    test_key_ranges();
+    test_key_equal();
+    test_key_named();
     test_decimal();
+    test_crc32();
+    test_json();
+    test_lines();
     printf("%d passed, %d failed\n", passed, failed);
     return failed != 0;
 }

@@ -3,8 +3,9 @@
 
     python3 tests/test_run.py [./run]       the last line is "N passed, N failed"
 
-It needs nothing but Python: the model files are written here, from the description of the format in
-the README, so that the writer below and export.py check each other through the reader in coe.c.
+It needs nothing but Python: the model files are written here and in modelbin.py, from the description
+of the format, so that this writer and export.py check each other through the reader in
+lib/modelfile.h.
 """
 import json
 import math
@@ -19,8 +20,11 @@ import tempfile
 from array import array
 from concurrent.futures import ThreadPoolExecutor
 
+sys.dont_write_bytecode = True
+import modelbin
+
 HERE = os.path.dirname(os.path.abspath(__file__))
-GOLDEN = os.path.join(HERE, "golden")
+GOLDEN, VERSION_1 = os.path.join(HERE, "golden"), os.path.join(HERE, "version1")
 RUN = os.path.abspath(sys.argv[1] if len(sys.argv) > 1 else os.path.join(HERE, "..", "run"))
 
 passed = failed = 0
@@ -167,7 +171,7 @@ def to_q8(numbers, cols):
 
 
 def write_model(path, config, weight, tokenizer=0, upcycled=False, dtype="f32", decoded=False,
-                section=b""):
+                section=b"", version=2):
     """A model.bin; weight(name, size) gives the numbers of a tensor. `decoded`: matrices hold the
     numbers that they would have in a file of this type, but as float32."""
     c = {**DEFAULT, **config}
@@ -182,10 +186,10 @@ def write_model(path, config, weight, tokenizer=0, upcycled=False, dtype="f32", 
                 narrow, numbers = to_bf16(numbers) if dtype == "bf16" else to_q8(numbers, cols)
             body += numbers.tobytes() if decoded else narrow
         body += bytes(-len(body) % 64)
+    file_slots = [0 if decoded else ["f32", "bf16", "q8"].index(dtype), tokenizer, upcycled]
     slots = b"COE1" + struct.pack("<I", 1)
     slots += struct.pack("<15q", 1024 + len(section) + len(body), 0, len(section), 0,
-                         0 if decoded else ["f32", "bf16", "q8"].index(dtype), tokenizer, upcycled,
-                         *[0] * 8)
+                         *file_slots, *[0] * 8)
     for name in SLOTS:
         value = c.get(name)
         if name in WORDS:
@@ -193,8 +197,9 @@ def write_model(path, config, weight, tokenizer=0, upcycled=False, dtype="f32", 
         elif value is None:
             value = NULL.get(name, 0)
         slots += struct.pack("<d" if name in REAL else "<q", value)
+    data = slots.ljust(1024, b"\0") + section + body
     with open(path, "wb") as f:
-        f.write(slots.ljust(1024, b"\0") + section + body)
+        f.write(data if version == 1 else modelbin.build(modelbin.parse(data)))
 
 
 def write_golden(name, path, **how):
@@ -274,6 +279,11 @@ def run(*args, threads=1, timeout=30, **more):
 
 def text_of(ids):
     return " ".join(map(str, ids))
+
+
+def read_weights(path):
+    """The weights of a model file in float32, as they lie there."""
+    return array("f", modelbin.read(path).weights)
 
 
 def read_floats(path):
@@ -735,34 +745,82 @@ def ends_well(r, may_work):
     return r.code in ((0, 1) if may_work else (1,)) and len(r.errors) == r.code
 
 
+def damaged_lines(model):
+    """(what, bytes, word of the message) of files whose config has one line that is wrong, with a
+    checksum that is right."""
+    names, made = list(model.config), lambda lines: modelbin.build(model._replace(config=lines))
+    for name, value in model.config.items():
+        without = {k: v for k, v in model.config.items() if k != name}
+        yield f"no {name}", made(without), name
+        for bad in ("x", "", " ", "-", "1e999", "nan", "0x", value + " ", value + "x", "-1000000000000",
+                    "1" + "0" * 40, "é"):
+            if name in ("temperature", "top_p", "min_p") and bad == "-":
+                continue
+            yield f"{name} is {bad!r}", made(model.config | {name: bad}), name
+        twice = modelbin.to_lines(model.config).rstrip(b"\0") + f"{name} {value}\n".encode()
+        twice += bytes(-len(twice) % 64)
+        yield f"{name} twice", with_lines(model, twice), name
+    yield "an unknown key", made(model.config | {"hidden_sise": "3"}), "hidden_sise"
+    lines = modelbin.to_lines(model.config).rstrip(b"\0")
+    for what, damaged in (("no blank", lines + b"inner_iter\n"), ("no end", lines[:-1]),
+                          ("an empty line", lines + b"\n"), ("a NUL", lines[:9] + b"\0" + lines[10:]),
+                          ("not UTF-8", lines[:9] + b"\xff" + lines[10:]), ("nothing", b""),
+                          ("something behind", lines + bytes(70) + b"x")):
+        yield what, with_lines(model, damaged + bytes(-len(damaged) % 64)), ""
+
+
+def with_lines(model, lines):
+    """A file whose config is these bytes."""
+    data = modelbin.build(model._replace(config={}))
+    sizes = list(struct.unpack_from("<2Q", data, 16))
+    data = data[:16] + struct.pack("<2Q", sizes[0] + len(lines), len(lines)) + data[32:64] + \
+        lines + data[64:]
+    return modelbin.with_checksum(data)
+
+
 def test_damage(folder):
     with open(os.path.join(folder, "coe.bin"), "rb") as f:
         good = f.read()
+    write_golden("coe", os.path.join(folder, "old.bin"), version=1)
+    with open(os.path.join(folder, "old.bin"), "rb") as f:
+        old = f.read()
+    model = modelbin.parse(good)
     cases = []                                                  # what, bytes, whether it may work
-    size = len(good)
-    for n in (*range(0, 1024, 31), 1023, 1024, 1025, 1088, size // 128 * 64, size - 1):
-        cases.append((f"cut to {n} bytes", good[:n], False))
-    cases.append(("a byte too many", good + b"\0", False))
+    for version, data in ((1, old), (2, good)):
+        size = len(data)
+        for n in (*range(0, 1536, 31), 63, 64, 65, 1023, 1024, 1025, 1088, size // 128 * 64, size - 1):
+            cases.append((f"version {version}, cut to {n} bytes", data[:n], False))
+        cases.append((f"version {version}, a byte too many", data + b"\0", False))
     for slot in range(66):
         nasty = [struct.pack("<q", v) for v in (0, 1, -1, 2**31 - 1, -2**31, 2**31, 2**32, 2**62,
-                                                -2**63, 2**63 - 1, size - 1, size + 1)]
+                                                -2**63, 2**63 - 1, len(old) - 1, len(old) + 1)]
         if slot >= 16 and SLOTS[slot - 16] in REAL:
             nasty += [struct.pack("<d", v) for v in (1, -1, math.nan, math.inf, 1e-300, 1e300)]
         for value in nasty:
-            data = good[:8 * slot] + value + good[8 * slot + 8:]
+            data = old[:8 * slot] + value + old[8 * slot + 8:]
             cases.append((f"slot {slot} is {value.hex()}", data, True))
+    for name in ("file_bytes", "config_bytes", "files_bytes", "tokenizer_bytes", "state_bytes"):
+        for value in (0, 1, 63, 64, 2**31, 2**32, 2**62, 2**64 - 1, 2**64 - 64, len(good) - 1,
+                      len(good) + 1):
+            cases.append((f"{name} is {value}", modelbin.build(model, **{name: value}), True))
+    for version in (0, 3, 2**31, 2**32 - 1):
+        data = good[:4] + struct.pack("<I", version) + good[8:]
+        cases.append((f"version {version}", data, False))
     rng = random.Random(4)
-    for _ in range(60):
-        spoiled = bytearray(good)
-        for _ in range(rng.randrange(1, 4)):
-            at = 8 * rng.randrange(1, 66) + rng.randrange(4)
-            spoiled[at] = rng.choice((0, 1, 2, 7, 64, 128, 255))
-        cases.append(("several bytes: " + spoiled[:520].hex(), bytes(spoiled), True))
+    for data, last in ((old, 66), (good, (64 + len(modelbin.to_lines(model.config))) // 8)):
+        for _ in range(60):
+            spoiled = bytearray(data)
+            for _ in range(rng.randrange(1, 4)):
+                at = 8 * rng.randrange(1, last) + rng.randrange(4)
+                spoiled[at] = rng.choice((0, 1, 2, 7, 10, 32, 48, 64, 128, 255))
+            cases.append(("several bytes: " + spoiled[:520].hex(), bytes(spoiled), True))
     for what, head in (("magic", b"COE2"), ("the other endianness", b"1EOC"), ("GGUF", b"GGUF"),
                        ("JSON", b'{"a": 1}'), ("HTML", b"<!DOCTYPE html>"),
                        ("safetensors", struct.pack("<Q", 900) + b'{"a"'),
                        ("LFS", b"version https://git-lfs.github.com/spec/v1\n")):
         cases += [(what, head + good[len(head):], False), (what + ", short", head, False)]
+    words = {what: word for what, _, word in damaged_lines(model)}
+    cases += [(what, data, False) for what, data, _ in damaged_lines(model)]
 
     def try_one(case):
         number, (what, data, may_work) = case
@@ -771,32 +829,65 @@ def test_damage(folder):
             f.write(data)
         r = run(path, "--ids", "-i", "1 2 3", "-n", 2, timeout=20)
         os.remove(path)
-        return what, ends_well(r, may_work), r
+        return what, ends_well(r, may_work) and words.get(what, "") in r.err, r
     with ThreadPoolExecutor(3) as pool:
         for what, ok, r in pool.map(try_one, enumerate(cases)):
             check(f"damaged: {what}", ok, r)
 
 
-def test_damaged_tokenizer(folder):
-    path, bad = os.path.join(folder, "bpe.bin"), os.path.join(folder, "damaged.bin")
+def test_version_1(folder):
+    """Files of version 1, made by the last program that wrote it: the same as version 2."""
+    new, logits = os.path.join(folder, "new.bin"), os.path.join(folder, "logits")
+    for name in sorted(os.listdir(VERSION_1)):
+        if not name.endswith(".bin"):
+            continue
+        old, results = os.path.join(VERSION_1, name), []
+        for path in (old, modelbin.write(new, modelbin.read(old))):
+            info = run(path, "-m", "info")
+            text = run(path, "-m", "eval", "-i", "the 16 pens", "--logits", logits)
+            check(f"{name}: {os.path.basename(path)} works", info.code == text.code == 0, text)
+            results.append((info.out, text.out, bytes(read_floats(logits))))
+        check(f"{name}: version 1 is read as version 2 is", results[0] == results[1])
+        with open(old, "rb") as f:
+            check(f"{name} is of version 1", f.read(8) == b"COE1\1\0\0\0")
+
+
+def test_checksum(folder):
+    """A bit that flipped is found wherever it is, where the whole file is read."""
+    path, bad = os.path.join(folder, "tiny.bin"), os.path.join(folder, "flipped.bin")
     with open(path, "rb") as f:
         good = f.read()
-    size, rng = len(WORDS_AND_DIGITS), random.Random(5)
-    check("the section is there", good[1024:1024 + size] == WORDS_AND_DIGITS)
-    for slot, value in ((3, 0), (3, size - 64), (3, size + 64), (3, size - 1), (3, 2**62), (6, 0),
-                        (6, 1), (6, 3)):
-        with open(bad, "wb") as f:
-            f.write(good[:8 * slot] + struct.pack("<q", value) + good[8 * slot + 8:])
-        r = run(bad, "-m", "tokenize", "-i", "the")
-        check(f"slot {slot} is {value}", ends_well(r, False) and bad in r.err, r)
-    refused = 0
-    for i in range(200):
+    check("info reads a good file", run(path, "-m", "info").code == 0)
+    rng = random.Random(6)
+    lines = modelbin.weights_at(good)[0]
+    for at in (8, 9, 10, 11, *(rng.randrange(lines, len(good)) for _ in range(40)), len(good) - 1):
         data = bytearray(good)
-        for _ in range(rng.randrange(1, 4)):
-            at = 1024 + 4 * rng.randrange(12 if i % 4 == 0 else size // 4)
-            data[at:at + 4] = struct.pack("<I", rng.choice((0, 1, 255, 270, 2**31, 2**32 - 1)))
+        data[at] ^= 1 << rng.randrange(8)
         with open(bad, "wb") as f:
             f.write(data)
+        r = run(bad, "-m", "info")
+        check(f"a bit of byte {at}", ends_well(r, False) and bad in r.err and "checksum" in r.err, r)
+
+
+def test_damaged_tokenizer(folder):
+    path, bad = os.path.join(folder, "bpe.bin"), os.path.join(folder, "damaged.bin")
+    model = modelbin.read(path)
+    size, rng = len(WORDS_AND_DIGITS), random.Random(5)
+    check("the section is there", model.tokenizer == WORDS_AND_DIGITS)
+    for sizes in ({"tokenizer_bytes": n} for n in (0, size - 64, size + 64, size - 1, 2**62)):
+        r = run(modelbin.write(bad, model, **sizes), "-m", "tokenize", "-i", "the")
+        check(f"{sizes}", ends_well(r, False) and bad in r.err, r)
+    for kind in ("none", "bytes", "words"):
+        lines = model.config | {"tokenizer": kind}
+        r = run(modelbin.write(bad, model._replace(config=lines)), "-m", "tokenize", "-i", "the")
+        check(f"tokenizer {kind}", ends_well(r, False) and bad in r.err, r)
+    refused = 0
+    for i in range(200):
+        section = bytearray(model.tokenizer)
+        for _ in range(rng.randrange(1, 4)):
+            at = 4 * rng.randrange(12 if i % 4 == 0 else size // 4)
+            section[at:at + 4] = struct.pack("<I", rng.choice((0, 1, 255, 270, 2**31, 2**32 - 1)))
+        modelbin.write(bad, model._replace(tokenizer=bytes(section)))
         r = run(bad, "-m", "tokenize", "-i", "the <eos>12123 the  <tag>\n ü")
         refused += r.code == 1
         check("a damaged tokenizer", ends_well(r, True) and (r.code == 0 or bad in r.err), r)
@@ -831,7 +922,8 @@ def main():
         for name in sorted(os.listdir(GOLDEN)):
             print(f"  {name:24} {'%.1e %.1e' % test_golden(name, folder)}")
         for test in (test_types, test_eval, test_text, test_stream, test_bpe, test_chat, test_usage,
-                     test_environment, test_damage, test_damaged_tokenizer, test_not_models):
+                     test_environment, test_damage, test_version_1, test_checksum,
+                     test_damaged_tokenizer, test_not_models):
             test(folder)
     print(f"{passed} passed, {failed} failed")
     sys.exit(failed > 0)

@@ -138,8 +138,8 @@ def write_checkpoint(folder, layers, weights):
 
 
 def expected_bytes(layers):
-    """(of the checkpoint, of model.bin in q8)"""
-    hf, q8 = 0, 1024
+    """(of the checkpoint, of model.bin in q8 without its config)"""
+    hf, q8 = 0, 64
     for name, shape in shapes(layers):
         n = math.prod(shape)
         hf += 2 * n
@@ -246,9 +246,10 @@ def test(folder, layers, program, keep):
           f"{parameters / seconds / 1e6:.0f} M weights/s; memory {most:.0f} MB, {most - base:.0f} "
           f"over Python's (the largest tensor has {largest / 1e6:.0f})")
     check("memory of export.py", most - base < MEMORY < largest / 1e6, (base, most))
-    check("size of model.bin", size == q8, (size, q8))
     with open(model, "rb") as f:
-        check("the header says its size", struct.unpack("<2q", f.read(16))[1] == size)
+        file_bytes, config_bytes = struct.unpack_from("<2Q", f.read(64), 16)
+    check("size of model.bin", size == q8 + config_bytes, (size, q8, config_bytes))
+    check("the header says its size", file_bytes == size, file_bytes)
     check_rows(model, layers, weights)
     if not keep:
         shutil.rmtree(source)

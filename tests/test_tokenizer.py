@@ -6,7 +6,7 @@
                                           texts, larger tokenizers, and those given by their path
     python3 tests/test_tokenizer.py --write            trains small tokenizers with the library and
                                                        writes tests/tokenizers.json
-    python3 tests/test_tokenizer.py --unicode          prints the table for export.py [8]
+    python3 tests/test_tokenizer.py --unicode          prints the table for export.py [10]
 
 Ends in a line `N passed, N failed`. Needs what requirements.txt says, and for all but the first
 what requirements-ci.txt says of tokenizers.
@@ -147,15 +147,16 @@ def tokenize(run, path, texts, end=END):
 def tables(path):
     """What the checks need of the tokenizer's section of a model.bin."""
     data = read(path)
-    slots = struct.unpack("<128q", data[:1024])
-    section = data[1024 + slots[2]:1024 + slots[2] + slots[3]]
+    sizes, lines = test_export.read_header(data)
+    at = 64 + sizes["config_bytes"] + sizes["files_bytes"]
+    section = data[at:at + sizes["tokenizer_bytes"]]
     head = struct.unpack_from("<16I", section)
     n = head[0]
     first = struct.unpack_from(f"<{n + 1}I", section, 64)
     at = 64 + export.aligned(4 * (n + 1))
     texts = [section[at + a:at + b] for a, b in zip(first, first[1:])]
     return {"head": head, "texts": texts, "ids": {t: i for i, t in enumerate(texts)},
-            "slots": slots, "section": section}
+            "lines": lines, "section": section}
 
 
 def compare(name, path, texts, found, expected):
@@ -317,14 +318,19 @@ def test_settings(tmp, run):
     several = {"type": "Sequence", "processors": [BYTE_LEVEL, post]}
     folder, path = f"{tmp}/s", f"{tmp}/s.bin"
 
+    def of_text(path):
+        """What a model.bin says of text: (tokenizer, add_bos_token, chat_template)"""
+        lines = tables(path)["lines"]
+        return tuple(lines[key] for key in ("tokenizer", "add_bos_token", "chat_template"))
+
     def case(post_processor, settings, add_bos, chat, *words, config=ids, jinja=None):
         shutil.rmtree(folder, ignore_errors=True)
         checkpoint(folder, t | {"post_processor": post_processor}, settings=settings, **config)
         if jinja is not None:
             write(f"{folder}/chat_template.jinja", jinja)
         notes = good(folder, path).splitlines()[:-1]           # the last one describes the model
-        slots = tables(path)["slots"]
-        check(slots[64] == add_bos and slots[65] == chat and slots[6] == 2, f"{slots[64:66]}")
+        wanted = "bpe", ("false", "true")[add_bos], ("none", "deepseek_v2")[chat]
+        check(of_text(path) == wanted, f"{of_text(path)}, wanted {wanted}")
         check(len(notes) == bool(words) and all(word in "".join(notes) for word in words),
               f"{notes}, wanted {words}")
     case(None, None, 0, 0)
@@ -366,17 +372,28 @@ def test_settings(tmp, run):
     case(post, {"chat_template": chat}, 1, 1)
     section = tables(path)["section"]
     good(path, f"{tmp}/half.bin", "--dtype", "bf16")
-    slots = tables(f"{tmp}/half.bin")["slots"]
-    check(tables(f"{tmp}/half.bin")["section"] == section and slots[64:66] == (1, 1), "to bf16")
+    check(tables(f"{tmp}/half.bin")["section"] == section
+          and of_text(f"{tmp}/half.bin") == of_text(path), "to bf16")
     good(path, f"{tmp}/back", "--model_type", "deepseek_v2")
     for name in ("tokenizer.json", "tokenizer_config.json"):
         check(read(f"{tmp}/back/{name}") == read(f"{folder}/{name}"), f"{name} verbatim")
     good(f"{tmp}/back", f"{tmp}/again.bin")
     check(read(f"{tmp}/again.bin") == read(path), "there and back")
     data = read(path)
-    for slot, value in ((6, 0), (6, 1), (3, 0), (65, 2), (65, -1)):
-        write(f"{tmp}/bad.bin", data[:8 * slot] + struct.pack("<q", value) + data[8 * slot + 8:])
-        bad([f"{tmp}/bad.bin", f"{tmp}/no.bin"], "bad.bin")
+    old = test_export.version_1(data)
+    write(f"{tmp}/old.bin", old)
+    good(f"{tmp}/old.bin", f"{tmp}/again.bin")
+    check(read(f"{tmp}/again.bin") == data, "version 1 becomes version 2")
+    slots = [(old[:8 * slot] + struct.pack("<q", value) + old[8 * slot + 8:], name)
+             for slot, value, name in ((6, 0, "tokenizer"), (6, 1, "tokenizer"),
+                                       (3, 0, "tokenizer"), (65, 2, "chat_template"),
+                                       (65, -1, "chat_template"))]
+    lines = [(test_export.changed(data, **{name: value}), name)
+             for name, value in (("tokenizer", "none"), ("tokenizer", "bytes"),
+                                 ("chat_template", "x"), ("add_bos_token", "1"))]
+    for new, name in slots + lines:
+        write(f"{tmp}/bad.bin", new)
+        bad([f"{tmp}/bad.bin", f"{tmp}/no.bin"], "bad.bin", f"{name} is ")
 
     # Ways to write the same: GPT-2's file has no type, merges as text and a line of version.
     same = json.loads(json.dumps(t))
@@ -424,11 +441,17 @@ def matched(regex):
 CHARS = [chr(code) for code in range(0x110000) if not 0xD800 <= code < 0xE000]
 
 
-def unicode_runs():
-    """How many code points of which category, one after another, as in export.py [8]."""
+def categories():
+    """What export.categories() is to be."""
     kinds = np.zeros(export.END_OF_UNICODE, int)
     for name in sorted(export.CATEGORIES[1:], key=len):        # Nd after N, of which it is a part
         kinds[matched(rf"\p{{{name}}}")] = export.CATEGORIES.index(name)
+    return kinds
+
+
+def unicode_runs():
+    """How many code points of which category follow each other: UNICODE, unpacked."""
+    kinds = categories()
     starts = np.flatnonzero(np.diff(kinds, prepend=-1))
     return "".join(chr(ord("`") + kinds[a]) + (str(b - a) if b - a > 1 else "")
                    for a, b in zip(starts, [*starts[1:], len(kinds)]))
@@ -447,7 +470,7 @@ def test_unicode(tmp, run):
     found = [piece for piece, _ in stage.pre_tokenize_str("a".join(CHARS)) if piece != "a"]
     found = export.chars_of(ord(piece) for piece in found if len(piece) == 1)
     check((found == export.digits()).all(), "Digits")
-    check(unicode_runs() == "".join(map("".join, export.RUNS)), "--unicode gives the table again")
+    check((export.categories() == categories()).all(), "--unicode gives the table again")
 
 
 def test_nfc(tmp, run):
@@ -473,7 +496,7 @@ def test_nfc(tmp, run):
 
 
 def pieces(alternatives, text):
-    """How a stage cuts a text, by the description of items in export.py [8]."""
+    """How a stage cuts a text, by the description of items in export.py [10]."""
     def end(items, at):
         if not items:
             return at
@@ -561,7 +584,7 @@ def corpus(train):
         texts.append(read(path).decode(errors="replace")[:3000])
     texts = [text.replace(END, "") for text in texts]
 
-    kinds = [code for code in range(0, 0x110000) if export.CATEGORY[code]]
+    kinds = [code for code in range(0, 0x110000) if export.categories()[code]]
     blocks = {}
     for code in kinds:
         blocks.setdefault(code >> 7, []).append(chr(code))
@@ -613,7 +636,8 @@ def test_files(tmp, run):
         folder = checkpoint(f"{tmp}/{i}", text, max(ids.values()) + 100, settings,
                             bos_token_id=ids[bos], eos_token_id=ids[eos])
         good(folder, f"{tmp}/{i}.bin")
-        check(tables(f"{tmp}/{i}.bin")["slots"][64:66] == (
+        lines = tables(f"{tmp}/{i}.bin")["lines"]
+        check((lines["add_bos_token"] == "true", lines["chat_template"] == "deepseek_v2") == (
             settings["add_bos_token"], "'User: '" in settings["chat_template"]), file)
         ends = [bos, "", "User: hi\n\nAssistant: ", "<｜User｜>"]
         texts = [text + ends[i % 4] for i, text in enumerate(TEXTS)]

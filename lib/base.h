@@ -1,0 +1,284 @@
+// lib/base.h - what any C program needs: errors, memory, threads, a clock, random numbers.
+//
+// Every failure is one line "program: thing: what was found, what was expected" and an exit code: 1
+// for what goes wrong while running, 2 for wrong usage. Nothing here tries to survive a failed
+// allocation: there is nothing sensible that a program whose model does not fit could go on with.
+//
+// Contents: precision, errors, sizes and memory, threads, functions that take most of the time,
+// clock, random numbers, the standard files.
+#ifndef BASE_H
+#define BASE_H
+#define COE_VERSION "1.0"
+#ifndef _POSIX_C_SOURCE
+#define _POSIX_C_SOURCE 200809L
+#endif
+#include <ctype.h>      // isspace
+#include <errno.h>
+#include <math.h>
+#include <signal.h>
+#include <stdarg.h>
+#include <stdbool.h>
+#include <stddef.h>     // offsetof
+#include <stdint.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <time.h>
+#ifndef _WIN32
+#include <fcntl.h>
+#include <sys/stat.h>
+#include <unistd.h>
+#endif
+#ifdef _OPENMP
+#include <omp.h>
+#endif
+
+// ---- precision ----------------------------------------------------------------------------------
+
+#ifndef REAL            // the gradient check compiles the whole model with REAL double
+#define REAL float
+#define REAL_IS_FLOAT
+#endif
+typedef REAL real;
+
+// ---- errors -------------------------------------------------------------------------------------
+
+static const char *program = "coe";
+enum { FAILED = 1, WRONG_USAGE = 2, INTERRUPTED = 130 };       // exit codes
+
+// Prints one line to stderr and ends the program with `code`.
+static _Noreturn void fail(int code, const char *format, ...) {
+    va_list args;
+    fflush(stdout);
+    fprintf(stderr, "%s: ", program);
+    va_start(args, format);
+    vfprintf(stderr, format, args);
+    va_end(args);
+    fputc('\n', stderr);
+    exit(code);
+}
+
+// ---- sizes and memory ---------------------------------------------------------------------------
+
+// a * b. Every size in this project passes through here or through checked_add: a product that
+// wraps around would be a small allocation followed by large writes.
+static size_t checked_mul(size_t a, size_t b) {
+    size_t c;
+    if (__builtin_mul_overflow(a, b, &c))
+        fail(FAILED, "sizes too large: %zu x %zu does not fit %zu bits", a, b, 8 * sizeof c);
+    return c;
+}
+
+// a + b, or the end of the program where that wraps around.
+static size_t checked_add(size_t a, size_t b) {
+    size_t c;
+    if (__builtin_add_overflow(a, b, &c))
+        fail(FAILED, "sizes too large: %zu + %zu does not fit %zu bits", a, b, 8 * sizeof c);
+    return c;
+}
+
+static size_t min_size(size_t a, size_t b) { return a < b ? a : b; }
+static size_t max_size(size_t a, size_t b) { return a > b ? a : b; }
+
+enum { CACHE_LINE = 64 };       // bytes; also the alignment of everything, and of the widest vector
+
+// A size rounded up to whole cache lines.
+static size_t whole_lines(size_t bytes) {
+    return checked_add(bytes, CACHE_LINE - 1) & ~(size_t)(CACHE_LINE - 1);
+}
+
+// `bytes` of zeroed memory at a multiple of CACHE_LINE, for release(); `what` is for the error
+// message. Large blocks come from the system as untouched pages and cost nothing until they are
+// used.
+static void *allocate(size_t bytes, const char *what) {
+    void *block = calloc(checked_add(bytes, CACHE_LINE + sizeof(void *)), 1);
+    if (!block) fail(FAILED, "out of memory: %.1f MB for %s", (double)bytes / 1e6, what);
+    const uintptr_t first = (uintptr_t)block + sizeof(void *) + CACHE_LINE - 1;
+    const uintptr_t aligned = first & ~(uintptr_t)(CACHE_LINE - 1);
+    ((void **)aligned)[-1] = block;     // where release() finds what calloc returned
+    return (void *)aligned;
+}
+
+// Gives back what allocate() gave, or does nothing for NULL.
+static void release(void *aligned) { if (aligned) free(((void **)aligned)[-1]); }
+
+// A block of memory that is dealt out from its beginning. Without memory (base NULL) an arena only
+// counts, so that one function both measures what it needs and places it.
+typedef struct { char *base; size_t used; } Arena;
+
+// n * size bytes at a multiple of CACHE_LINE, or NULL while the arena only counts.
+static void *take(Arena *arena, size_t n, size_t size) {
+    void *p = arena->base ? arena->base + arena->used : NULL;
+    arena->used = whole_lines(checked_add(arena->used, checked_mul(n, size)));
+    return p;
+}
+
+// ---- threads ------------------------------------------------------------------------------------
+// Two macros share out work, SHARED and TASKS below. Threads share out results, never the terms of
+// one sum: so any number of them computes the same bits.
+
+enum { MOST_THREADS = 1024 };
+
+#ifdef _OPENMP
+// Whether several threads are at work here already.
+static int at_work(void) { return omp_in_parallel(); }
+// The number of the running thread, from 0, and how many are in its team.
+static int thread_id(void) { return omp_get_thread_num(); }
+static int team_size(void) { return omp_get_num_threads(); }
+// The most threads that there can be, for memory that each of them needs.
+static int thread_count(void) {
+    const int most = omp_get_max_threads();
+    return most > team_size() ? most : team_size();
+}
+#else
+static int at_work(void)      { return 0; }
+static int thread_id(void)    { return 0; }
+static int team_size(void)    { return 1; }
+static int thread_count(void) { return 1; }
+#endif
+
+// Uses n threads; with 0 as many as OMP_NUM_THREADS says, or where that makes no sense the machine.
+static void set_threads(size_t n) {
+#ifdef _OPENMP
+    if (!n) n = (size_t)omp_get_max_threads();
+    const int all = omp_get_num_procs() < MOST_THREADS ? omp_get_num_procs() : MOST_THREADS;
+    omp_set_num_threads(n >= 1 && n <= MOST_THREADS ? (int)n : all);
+#else
+    (void)n;
+#endif
+}
+
+// Whether work of this many operations repays waking the other threads, which takes a few
+// microseconds. Where all are at work already it does not.
+static int worth_threads(size_t operations) { return operations > 20000 && !at_work(); }
+
+// SHARED(operations, for (...) { ... }) is that loop, whose rounds are independent and about
+// equally long, on all threads if that is worth it. If not, the loop does not reach the pragma:
+// OpenMP would make a team of one thread, which takes longer than a small loop.
+#define SHARED(operations, ...) \
+    if (worth_threads(operations)) { _Pragma("omp parallel for") __VA_ARGS__ } \
+    else { __VA_ARGS__ }
+
+// TASKS(operations, task, count, { ... }) runs the block for every `task` below count, on all
+// threads if that is worth it, each thread taking one task after another: for tasks that are long,
+// or not equally so.
+#define TASKS(operations, task, count, ...) \
+    if (worth_threads(operations)) { \
+        Work work_ = { .tasks = (count) }; \
+        _Pragma("omp parallel") \
+        for (size_t task; (task = next_task(&work_)) < work_.tasks; ) __VA_ARGS__ \
+    } else { \
+        for (size_t task = 0; task < (count); task++) __VA_ARGS__ \
+    }
+
+// The tasks of a team, counted from 0. A thread begins with a share of its own, the same every
+// time, because what it wrote there before is in its cache; then it helps the others, which may be
+// slower or disturbed. taken[i]: how many tasks of thread i's share are taken.
+typedef struct { size_t tasks; unsigned taken[MOST_THREADS]; } Work;
+
+// A task that nobody has taken yet, or w->tasks when there is none.
+static size_t next_task(Work *w) {
+    const size_t threads = (size_t)team_size(), me = (size_t)thread_id();
+    for (size_t i = 0; i < threads; i++) {
+        const size_t who = (me + i) % threads, first = w->tasks * who / threads;
+        const size_t share = w->tasks * (who + 1) / threads - first;
+        const size_t task = __atomic_fetch_add(&w->taken[who], 1, __ATOMIC_RELAXED);
+        if (task < share) return first + task;
+    }
+    return w->tasks;
+}
+
+// ---- functions that take most of the time -------------------------------------------------------
+// WIDE marks them. A build for any x86-64 may count on vectors of 16 bytes only, and on no fused
+// multiply-adds, but nearly all of these machines have more. So such a build has each WIDE function
+// twice, and when the program starts, the one that the processor can run is linked. It is then half
+// as fast as a build for the widest vectors, instead of a fifth. (-DONE_VERSION does without.)
+// INLINE functions are the insides of WIDE ones.
+
+#if defined(__x86_64__) && !defined(__AVX__) && defined(__GLIBC__) && !defined(ONE_VERSION)
+#if __has_attribute(target_clones)
+#define TWO_VERSIONS
+// It warns that how a vector is passed to a function depends on the version; only INLINE functions
+// are passed any, so nobody is concerned.
+#pragma GCC diagnostic ignored "-Wpsabi"
+#endif
+#endif
+
+#if defined(TWO_VERSIONS)
+#define WIDE __attribute__((target_clones("default", "fma")))
+#define INLINE static inline __attribute__((always_inline))
+#elif defined(__clang__) && __has_attribute(min_vector_width)
+// clang would split 64-byte vectors in two, for processors on which they slow down the clock.
+#define WIDE __attribute__((min_vector_width(512)))
+#define INLINE WIDE static inline __attribute__((always_inline))
+#else
+#define WIDE
+#define INLINE static inline __attribute__((always_inline))
+#endif
+
+// ---- clock --------------------------------------------------------------------------------------
+
+// Seconds from some fixed point, on a clock that nobody can set back.
+static double seconds(void) {
+    struct timespec t;
+    clock_gettime(CLOCK_MONOTONIC, &t);
+    return (double)t.tv_sec + 1e-9 * (double)t.tv_nsec;
+}
+
+// ---- random numbers -----------------------------------------------------------------------------
+// splitmix64 (Steele, Lea, Flood 2014). Its state is a counter, so a stream can start anywhere: any
+// number is as good a seed as any other.
+
+// The next 64 random bits of the stream whose state is *state.
+static uint64_t rng_next(uint64_t *state) {
+    uint64_t z = (*state += 0x9E3779B97F4A7C15u);
+    z = (z ^ (z >> 30)) * 0xBF58476D1CE4E5B9u;
+    z = (z ^ (z >> 27)) * 0x94D049BB133111EBu;
+    return z ^ (z >> 31);
+}
+
+// Uniform in [0, 1), with 53 random bits.
+static double rng_uniform(uint64_t *state) { return (double)(rng_next(state) >> 11) * 0x1p-53; }
+
+// Normal with mean 0 and deviation 1 (Box and Muller 1958; the pair's second value is not used).
+static double rng_normal(uint64_t *state) {
+    double radius = sqrt(-2 * log(1 - rng_uniform(state)));
+    return radius * cos(6.283185307179586 * rng_uniform(state));
+}
+
+// ---- the standard files -------------------------------------------------------------------------
+
+// A closed stdin, stdout or stderr would leave its number to the next file that is opened, and what
+// is meant for it would end up there. So /dev/null stands in, and writing to it fails.
+static void occupy_standard_files(void) {
+#ifndef _WIN32
+    int file = open("/dev/null", O_RDONLY);
+    while (file >= 0 && file < 3) file = open("/dev/null", O_RDONLY);
+    if (file >= 0) close(file);
+    signal(SIGPIPE, SIG_IGN);       // a closed pipe shows as a failed write, with a message
+#endif
+}
+
+// Sends off what was printed. A full disk or a closed pipe is an error: nobody gets the result.
+static void flush_stdout(void) {
+    if (fflush(stdout) || ferror(stdout))
+        fail(FAILED, "stdout: cannot be written: %s", strerror(errno));
+}
+
+// Whether stderr is a terminal, on which a line of progress can be redrawn.
+static int stderr_is_terminal(void) {
+#ifdef _WIN32
+    return 0;
+#else
+    return isatty(2);
+#endif
+}
+
+enum { DECIMAL_TEXT = 400 };        // enough for the largest double with all its digits
+// x with 9 significant digits, never with an exponent, for tables and logs. Returns `text`.
+static const char *decimal(char text[DECIMAL_TEXT], double x) {
+    int digits = x == 0 || !isfinite(x) ? 8 : 8 - (int)floor(log10(fabs(x)));
+    snprintf(text, DECIMAL_TEXT, "%.*f", digits < 0 ? 0 : digits > 60 ? 60 : digits, x);
+    return text;
+}
+#endif // BASE_H
