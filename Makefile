@@ -60,7 +60,8 @@ build/%-single.c: %.c $(SOURCES)
 
 demo: run train
 	./train -o demo.bin --log demo.tsv
-	./run demo.bin -t 0 -i "$$(./train --show_val 1 | head -n 1)"
+	./run demo.bin -t 0
+	@echo 'Now ask it:  ./run demo.bin -t 0 -i "question: Mia had 20 figs and lost 7. How many are left?"'
 
 # The figures of the demo, and of whatever experiments/grid.py has left in experiments/results.
 DRAW    = build/figures/bin/python

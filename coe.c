@@ -103,6 +103,7 @@ typedef struct {
     double top_p, min_p, repetition_penalty;
     bool add_bos_token;             // a text gets BOS in front
     int chat_template;              // form of a conversation
+    const char *default_prompt;     // what generating starts from where no prompt is given
 } Config;
 
 // LETTERS(config) declares the sizes of a model as local constants, under their letters. K is 0 in

@@ -54,7 +54,7 @@ except ImportError as e:                # --help and read_header() do without; m
 # A model has the keys of CONFIG, a row each, under the names they have in a checkpoint's files. C
 # has the same rows in the same order: config_keys in lib/config.h.
 
-INT, NUM, BOOL = "INT", "NUM", "BOOL"
+INT, NUM, BOOL, TEXT = "INT", "NUM", "BOOL", "TEXT"
 NULL = True
 ROPE = "rope_scaling."                  # a nested object, here with a dot in its keys' names
 CONFIG_JSON = "config.json"
@@ -64,7 +64,7 @@ GENERATION, SETTINGS = "generation_config.json", "tokenizer_config.json"
 class Key(NamedTuple):
     """A row of CONFIG."""
     name: str
-    kind: object                # INT, NUM, BOOL, or a tuple of the words that are allowed
+    kind: object                # INT, NUM, BOOL, TEXT, or a tuple of the words that are allowed
     least: float = 0            # the range of an INT or a NUM
     most: float = 0
     default: object = ...       # the value where the key is missing; ... where it must be there.
@@ -125,6 +125,7 @@ CONFIG = [Key(*row) for row in (
     ("repetition_penalty",      NUM,  1e-30,  1e9,   -1.0,   False, GENERATION),
     ("add_bos_token",           BOOL, 0,      1,     False,  False, SETTINGS),
     ("chat_template",           ("none", "deepseek_v2"), 0, 0, "none", False, ""),
+    ("default_prompt",          TEXT, 0,      0,     ""),                   # of ./run
 )]
 STORED = [Key(*row) for row in (        # what only a model.bin says
     ("weight_type",             ("f32", "bf16", "q8")),         # of matrices; all else is f32
@@ -332,8 +333,10 @@ def write_array(f, array, progress):
 
 def to_text(key, value):
     """A value as it stands in a line of model.bin's config, which is how ./train's options are
-    written: a bare word, true, false, null, or a number with as few digits as read back the same.
-    Generation defaults are never null: -1 says that there is none."""
+    written: a bare word, true, false, null, or a number with as few digits as read back the same;
+    a text is a JSON string. Generation defaults are never null: -1 says that there is none."""
+    if key.kind == TEXT:
+        return json.dumps(value, ensure_ascii=False)
     value = None if is_null(key, value) else value
     return value if isinstance(value, str) else json.dumps(value).removesuffix(".0")
 
@@ -465,6 +468,10 @@ def config_of_lines(data, path):
 def from_text(key, text, where):
     """The value of a key from what to_text() makes of it."""
     value = {"true": True, "false": False, "null": None}.get(text, text)
+    if key.kind == TEXT:
+        value = None
+        with contextlib.suppress(ValueError):
+            value = json.loads(text) if text[:1] == text[-1:] == '"' else None
     if key.kind == INT and re.fullmatch("-?[0-9]{1,18}", text):
         value = int(text)
     if key.kind == NUM and re.fullmatch(r"-?[0-9]{1,99}(\.[0-9]{0,99})?(e[-+]?[0-9]{1,3})?", text):
@@ -596,6 +603,8 @@ def config_to_json(c, model_type):
         value = None if is_null(key, c[key.name]) else c[key.name]
         if key.name.startswith(ROPE):
             rope[key.name.removeprefix(ROPE)] = value
+        elif key.kind == TEXT and not value:
+            pass                        # the reference has no such key
         elif key.file == CONFIG_JSON and (coe or key.name not in DEEPSEEK):
             out[key.name] = value
     if rope["type"] == "linear":        # all that is looked at then
@@ -873,6 +882,10 @@ def check(key, value, where):
         if isinstance(value, bool):
             return value
         must = "true or false"
+    elif key.kind == TEXT:
+        if isinstance(value, str) and "\0" not in value:
+            return value
+        must = "a text"
     else:
         integer = key.kind == INT
         if type(value) in ((int,) if integer else (int, float)) and key.least <= value <= key.most:

@@ -11,6 +11,7 @@
 // trace.h, info.h, bench.h.
 #include "coe.c"
 #include "lib/output.h"
+#include "lib/documents.h"
 #include "lib/settings.h"
 #include "lib/text.h"
 
@@ -25,11 +26,35 @@ typedef struct {                    // everything that the parts of the program 
     size_t context;                 // positions that the state has room for
     int *tokens;                    // the input; in generate, what follows too
     size_t n_tokens;                // of the input
+    unsigned char *counts;          // [n_tokens]  in eval, which of them count; NULL: all
     size_t text_bytes;              // of the input, where it is a text
     real *logits;                   // (LOGIT_ROWS, V) in eval, else (V)
     uint64_t hash;                  // of the logits computed last
     Output logits_file, trace_file; // of --logits and --trace, where they are wanted
 } Run;
+
+// Makes the file of eval, n bytes of text, run->tokens and run->counts: its documents, as train
+// reads them, with BOS in front where it belongs.
+static void read_documents(Run *run, const char *text, size_t n) {
+    const Config *c = &run->model.config;
+    const Settings *set = &run->set;
+    const bool bos = c->add_bos_token && c->bos_token_id >= 0;
+    Stream s = tokenize_documents(run->model.tokenizer, text, n, (int)c->eos_token_id,
+                                  set->completion_only_loss ? set->completion_marker : NULL, true,
+                                  set->file);
+    run->n_tokens = bos + s.n;
+    run->tokens = allocate(checked_mul(run->n_tokens + 1, sizeof(int)), "the tokens");
+    if (bos) run->tokens[0] = (int)c->bos_token_id;
+    memcpy(run->tokens + bos, s.tokens, s.n * sizeof(int));
+    if (s.counts) {
+        run->counts = allocate(run->n_tokens, "which tokens count");
+        memcpy(run->counts + bos, s.counts, s.n);
+    } else {
+        run->text_bytes = n;
+    }
+    release(s.tokens);
+    release(s.counts);
+}
 
 // Fills run->tokens from --prompt, --file or nothing, with BOS in front where it belongs.
 static void read_tokens(Run *run) {
@@ -38,8 +63,17 @@ static void read_tokens(Run *run) {
     size_t n = set->prompt ? strlen(set->prompt) : 0;
     char *from_file = set->file ? read_file(set->file, &n) : NULL;
     const char *text = from_file ? from_file : set->prompt;
+    if (!text && set->mode == GENERATE && !set->ids && run->model.tokenizer) {
+        text = c->default_prompt;
+        n = strlen(text);
+    }
     if (!set->ids && !run->model.tokenizer)
         fail(FAILED, "%s: has no tokenizer and cannot read text: --ids takes token ids", run->path);
+    if (set->mode == EVAL && from_file && !set->ids && c->eos_token_id >= 0) {
+        read_documents(run, text, n);
+        free(from_file);
+        return;
+    }
     run->tokens = allocate(checked_mul(checked_add(n, 1), sizeof(int)), "the tokens");
     if (set->ids) {
         const char *where = set->file ? set->file : "--prompt";
@@ -48,7 +82,8 @@ static void read_tokens(Run *run) {
     } else {
         const int bos = set->mode != TOKENIZE && c->add_bos_token && c->bos_token_id >= 0;
         if (bos) run->tokens[0] = (int)c->bos_token_id;
-        run->n_tokens = (size_t)bos + encode(run->model.tokenizer, run->tokens + bos, text, n, 1);
+        run->n_tokens = (size_t)bos;
+        run->n_tokens += encode(run->model.tokenizer, run->tokens + bos, NULL, text, n, 1);
         run->text_bytes = n;
     }
     if (set->mode == GENERATE && !run->n_tokens) {
@@ -290,23 +325,25 @@ static void progress(size_t done, size_t all, double nll, int last) {
 }
 
 // Scores the rows from `skip` on of the last step, row 0 being token number `index`: writes their
-// logits and returns the sum of -log p(next token), where there is a next one.
-static double score(Run *run, size_t index, size_t n, size_t skip) {
+// logits and returns the sum of -log p(next token), where there is a next one that counts; *counted
+// grows by how many these are.
+static double score(Run *run, size_t index, size_t n, size_t skip, size_t *counted) {
     const size_t V = run->model.config.vocab_size;
     double nats = 0, loss[LOGIT_ROWS];
     for (size_t first = skip; first < n; first += LOGIT_ROWS) {
-        const size_t rows = min_size(n - first, LOGIT_ROWS);
-        const int *target = run->tokens + index + first + 1;
-        const size_t predicted = index + first + rows < run->n_tokens ? rows : rows - 1;
+        const size_t rows = min_size(n - first, LOGIT_ROWS), next = index + first + 1;
+        const size_t predicted = next + rows <= run->n_tokens ? rows : rows - 1;
         logits_forward(&run->model, &run->state, run->logits, first, rows);
         if (run->logits_file.file)
             fwrite(run->logits, sizeof(real), rows * V, run->logits_file.file);
         SHARED(rows * V, for (size_t i = 0; i < predicted; i++) {
-            loss[i] = cross_entropy(run->logits + i * V, V, target[i]);
+            loss[i] = cross_entropy(run->logits + i * V, V, run->tokens[next + i]);
         })
         for (size_t i = 0; i < predicted; i++) {
             if (!isfinite(loss[i])) not_finite(run, index + first + i);
+            if (run->counts && !run->counts[next + i]) continue;
             nats += loss[i];
+            ++*counted;
         }
     }
     return nats;
@@ -316,27 +353,28 @@ static double score(Run *run, size_t index, size_t n, size_t skip) {
 // is longer than the context is read in windows that overlap by half: the first half of a window is
 // there as context for the second.
 static void evaluate(Run *run) {
-    const size_t n = run->n_tokens, predicted = n ? n - 1 : 0;
+    const size_t n = run->n_tokens;
     make_room(run, n ? n : 1, LOGIT_ROWS);
     const size_t stride = run->context > 1 ? run->context / 2 : 1;
     const double begin = seconds();
     double nats = 0;
+    size_t counted = 0;
     for (size_t start = 0, scored = 0; scored < n; start += stride) {
         const size_t end = start + min_size(n - start, run->context);
         for (size_t i = start; i < end; i += CHUNK) {
             const size_t rows = min_size(end - i, CHUNK);
             const size_t skip = scored > i ? min_size(scored - i, rows) : 0;
             step(run, i, rows, i - start, skip, rows);
-            nats += score(run, i, rows, skip);
-            if (skip < rows) progress(i + rows, n, nats / (double)(i + rows), 0);
+            nats += score(run, i, rows, skip, &counted);
+            if (skip < rows) progress(i + rows, n, nats / (double)counted, 0);
         }
         scored = end;
     }
-    const double nll = nats / (double)predicted;
+    const double nll = nats / (double)counted;
     progress(n, n, nll, 1);
     fprintf(stderr, "eval: %.1f tok/s\n", (double)n / (seconds() - begin));
-    print_count("tokens", predicted);
-    if (!predicted) return;
+    print_count("tokens", counted);
+    if (!counted) return;
     print_value("nll", nll);
     print_value("ppl", exp(nll));
     if (run->text_bytes) print_value("bits_per_byte", nats / log(2) / (double)run->text_bytes);
@@ -385,7 +423,7 @@ static int add_turn(Run *run, Writer *w, const Text *turn, size_t *n_run) {
     const Config *c = &run->model.config;
     const size_t bos = c->bos_token_id >= 0;
     int *ids = allocate(checked_mul(turn->n, sizeof(int)), "the message");
-    const size_t n = encode(run->model.tokenizer, ids, turn->bytes, turn->n, 0);
+    const size_t n = encode(run->model.tokenizer, ids, NULL, turn->bytes, turn->n, 0);
     const int fits = bos + n + 2 <= run->context;     // with one token of an answer, and EOS
     size_t answer = run->context / 4;                 // what should be left for it
     if (run->set.n_predict >= 0) answer = min_size(answer, (size_t)run->set.n_predict);
@@ -512,6 +550,7 @@ int main(int argc, char **argv) {
         state_free(&run.state);
         release(run.logits);
         release(run.tokens);
+        release(run.counts);
         model_free(&run.model);
     }
     flush_stdout();

@@ -21,6 +21,7 @@
 #include "lib/output.h"
 #include "lib/task.h"
 #include "lib/recipe.h"
+#include "lib/documents.h"
 #include "lib/data.h"
 
 // ---- [3] gradients of activations ---------------------------------------------------------------
@@ -68,6 +69,7 @@ static size_t logits_stride(size_t V) { return V + CACHE_LINE / sizeof(real); }
     X(real, dscore,      T,         E)              /* of the router's scores; then, in place,  */ \
                                                     /* of its logits                            */ \
     X(real, load,        E,         1)              /* of balance()                             */ \
+    X(int,  row,         T,         1)              /* the rows of s->final that have a loss    */ \
     X(real, logits,      loss_rows, logits_stride(V))       /* and their gradient               */
 
 typedef struct {
@@ -107,10 +109,10 @@ static Gradients gradients_new(const Config *config, size_t T, size_t context) {
 // The sequences of one forward and backward pass. A step may take several of these, and adds up
 // their gradients: it then needs memory for one of them only.
 typedef struct {
-    const int *tokens, *targets;    // (B, n)
+    const int *tokens, *targets;    // (B, n); a target that is NO_TARGET has no loss
     size_t B, n;
-    double scale;                   // of each token's cross entropy: 1 / all tokens of the step
-    double share;                   // of the balancing loss: B / all sequences of the step
+    double scale;                   // of a token's cross entropy: 1 / all targets of the step
+    double share;                   // of the balancing loss: this part of all targets of the step
 } MicroBatch;
 
 // What forward must keep for the backward pass of a model.
@@ -467,24 +469,49 @@ static void attention_backward(Model *m, State *s, Gradients *g, size_t l, size_
 
 // ---- [7] loss and backward ----------------------------------------------------------------------
 
-// The sum over all rows of s->final of the cross entropy against targets (T), times `scale`; with
-// with_gradient also the gradient of that, into lm_head and, as g->dnorm (T, d), into s->final. For
-// logits z and probabilities p = softmax(z),
+// Moves the rows of x (T, d) that have a target to its beginning. row: where they were, in order.
+// Returns how many there are.
+static size_t gather_rows(int *row, real *x, const int *targets, size_t T, size_t d) {
+    size_t n = 0;
+    for (size_t t = 0; t < T; t++) {
+        if (targets[t] == NO_TARGET) continue;
+        if (n != t) memcpy(x + n * d, x + t * d, d * sizeof(real));
+        row[n++] = (int)t;
+    }
+    return n;
+}
+
+// Moves the first n rows of dx (T, d) back to where gather_rows() took them from; the rest is 0.
+static void scatter_rows(real *dx, const int *row, size_t n, size_t T, size_t d) {
+    for (size_t t = T; t-- > 0; ) {
+        const bool has_target = n > 0 && row[n - 1] == (int)t;
+        n -= has_target;
+        if (!has_target) memset(dx + t * d, 0, d * sizeof(real));
+        else if (n != t) memcpy(dx + t * d, dx + n * d, d * sizeof(real));
+    }
+}
+
+// The sum over the rows of s->final that have a target (T) of the cross entropy, times `scale`;
+// with with_gradient also the gradient of that, into lm_head and, as g->dnorm (T, d), into
+// s->final. For logits z and probabilities p = softmax(z),
 //     loss = log sum_j e^(z_j) - z_target,    dloss/dz_j = p_j - [j = target]
-// A block of rows at a time: the logits of all rows would dwarf the model.
+// Rows without a target need no logits: the others are moved together, at the beginning of
+// s->final. Of these a block at a time: the logits of all would dwarf the model.
 static double loss_of(Model *m, State *s, Gradients *g, const int *targets, size_t T, double scale,
                       bool with_gradient) {
     const size_t V = m->config.vocab_size, d = m->config.hidden_size, ld = logits_stride(V);
     const Matrix lm_head = matrix(m->w.lm_head, 0);
     double total = 0, row_loss[MOST_LOSS_ROWS];
-    for (size_t first = 0; first < T; first += g->loss_rows) {
-        const size_t rows = min_size(T - first, g->loss_rows);
+    const size_t n = gather_rows(g->row, s->final, targets, T, d);
+    for (size_t first = 0; first < n; first += g->loss_rows) {
+        const size_t rows = min_size(n - first, g->loss_rows);
         const Matrix x = view(s->final + first * d, rows, d, d);
         matmul_nt(g->logits, ld, x, lm_head, 0);
         SHARED(rows * V, for (size_t t = 0; t < rows; t++) {
             real *z = g->logits + t * ld;
-            row_loss[t] = cross_entropy(z, V, targets[first + t]);      // z is p now
-            z[targets[first + t]] -= 1;
+            const int target = targets[g->row[first + t]];
+            row_loss[t] = cross_entropy(z, V, target);      // z is p now
+            z[target] -= 1;
             for (size_t i = 0; with_gradient && i < V; i++) z[i] *= (real)scale;
         })
         for (size_t t = 0; t < rows; t++) total += row_loss[t];
@@ -493,6 +520,7 @@ static double loss_of(Model *m, State *s, Gradients *g, const int *targets, size
         matmul_nn(g->dnorm + first * d, d, dz, lm_head, 0);
         matmul_tn(m->w.lm_head->grad, d, dz, x, 1);
     }
+    if (with_gradient) scatter_rows(g->dnorm, g->row, n, T, d);
     return total * scale;
 }
 
@@ -588,8 +616,8 @@ typedef struct {
     int64_t step;               // steps done
     bool saved;                 // there is a checkpoint of this run
     int *inputs, *targets;      // (batch_size, max_length)
-    int *window;                // [max_length + 1]
     double val_loss, solved;    // the last ones measured; NAN: none
+    double best_val_loss;       // the lowest one; -1: none yet
     int *chosen;                // (L, C, E) tokens that each expert got in the last step
     size_t n_chosen;
 } Run;
@@ -641,18 +669,23 @@ static double expert_load(const Run *run, size_t c) {
 #include "lib/samples.h"
 
 // Adds the gradient of one batch, the one at run->step, to run->grad, micro-batch after
-// micro-batch, and counts its choices of experts. Returns its losses.
+// micro-batch, and counts its choices of experts. Returns its losses. Micro-batches weigh by their
+// number of targets, so that they make the gradient of the whole batch; where there is none, by
+// sequences.
 static Loss batch_gradient(Run *run) {
     const size_t B = run->recipe.batch_size, n = run->recipe.max_length;
     const size_t at_once = run->state.rows / n;
     Loss loss = { 0, 0 };
     memset(run->chosen, 0, run->n_chosen * sizeof *run->chosen);
-    next_batch(&run->data, (uint64_t)run->step, run->inputs, run->targets, run->window);
+    next_batch(&run->data, (uint64_t)run->step, run->inputs, run->targets);
+    const size_t all = count_targets(run->targets, B * n);
     lap(REST);
     for (size_t b = 0; b < B; b += at_once) {
         const size_t part = min_size(B - b, at_once);
+        const size_t counted = count_targets(run->targets + b * n, part * n);
         const MicroBatch batch = { run->inputs + b * n, run->targets + b * n, part, n,
-                              1.0 / (double)(B * n), (double)part / (double)B };
+                                   all ? 1.0 / (double)all : 0,
+                                   all ? (double)counted / (double)all : (double)part / (double)B };
         forward(&run->model, &run->state, batch.tokens, part, n, 0, part * n);
         lap(FORWARD);
         const Loss of_part = backward(&run->model, &run->state, &run->g, &batch);
@@ -685,41 +718,42 @@ static Loss train_step(Run *run, double *norm) {
     return loss;
 }
 
-// The mean cross entropy over all validation windows, in file order. A stream shorter than a window
-// is one of its own; NAN where there is nothing to predict.
+// The mean cross entropy over all targets of the validation samples, in file order. A stream
+// shorter than a window is one of its own; NAN where there is nothing to predict.
 static double validate(Run *run) {
     Model *m = &run->model;
     State *s = &run->state;
     const Stream *val = &run->data.val;
-    const size_t n = run->recipe.max_length, count = windows(val, n), at_once = s->rows / n;
+    size_t n = run->recipe.max_length, samples = val_samples(&run->data), targets = 0;
+    const bool one_short = run->recipe.packing && samples == 0 && val->n > 1;
+    if (one_short) n = val->n - 1, samples = 1;
+    const size_t at_once = s->rows / run->recipe.max_length;
+    const size_t room = at_once * run->recipe.max_length;
+    int *input = allocate(room * sizeof(int), "validation samples");
+    int *target = allocate(room * sizeof(int), "validation samples");
     double total = 0;
-    if (val->n < 2) return NAN;
-    if (count == 0) {
-        forward(m, s, val->tokens, 1, val->n - 1, 0, val->n - 1);
-        return loss_of(m, s, &run->g, val->tokens + 1, val->n - 1, 1.0 / (double)(val->n - 1),
-                       false);
+    for (size_t i = 0; i < samples; i += at_once) {
+        const size_t B = min_size(samples - i, at_once);
+        for (size_t b = 0; b < B && !one_short; b++)
+            val_sample(input + b * n, target + b * n, &run->data, i + b);
+        if (one_short) window_sample(input, target, n, val, 0);
+        forward(m, s, input, B, n, 0, B * n);
+        total += loss_of(m, s, &run->g, target, B * n, 1, false);
+        targets += count_targets(target, B * n);
     }
-    int *inputs = allocate(at_once * n * sizeof(int), "validation windows");
-    int *targets = allocate(at_once * n * sizeof(int), "validation windows");
-    for (size_t i = 0; i < count; i += at_once) {
-        const size_t B = min_size(count - i, at_once);
-        memcpy(inputs, val->tokens + i * n, B * n * sizeof(int));
-        memcpy(targets, val->tokens + i * n + 1, B * n * sizeof(int));
-        forward(m, s, inputs, B, n, 0, B * n);
-        total += loss_of(m, s, &run->g, targets, B * n, 1, false);
-    }
-    release(inputs);
-    release(targets);
-    return total / (double)(count * n);
+    release(input);
+    release(target);
+    return targets ? total / (double)targets : NAN;
 }
 
-// Validates, and on the built-in task solves problems: all of them at the end, a quarter on the
-// way. The results go to run->val_loss, run->solved and stderr.
+// Validates, and solves held-out problems: all of them at the end, a quarter on the way. The
+// results go to run->val_loss, run->solved and stderr; the best weights so far to --best.
 static void measure(Run *run, bool last) {
     size_t problems = run->job.eval_problems;
     if (!last) problems = (problems + 3) / 4;
     run->val_loss = validate(run);
-    run->solved = run->data.built_in && problems ? solve(run, problems) : NAN;
+    run->solved = solve(run, problems);
+    keep_best(run);
     fprintf(stderr, "step %lld: val_loss %.4f", (long long)run->step, run->val_loss);
     if (!isnan(run->solved))
         fprintf(stderr, ", solved %.1f %% of %zu held-out problems", 100 * run->solved, problems);
@@ -818,13 +852,14 @@ static int train(Run *run) {
 
 // Options, then either a list (--help), documents to look at, or training.
 int main(int argc, char **argv) {
-    static Run run = { .val_loss = NAN, .solved = NAN };
+    static Run run = { .val_loss = NAN, .solved = NAN, .best_val_loss = -1 };
     program = "train";
     occupy_standard_files();
     if (!prepare(&run, argc, argv)) return 0;
     print_model(&run.model);
     make_room(&run);
     if (run.step < run.recipe.max_steps) try_output(run.job.output);
+    if (*run.job.best) try_output(run.job.best);
     signal(SIGINT, on_interrupt);
     signal(SIGTERM, on_interrupt);
     return train(&run);

@@ -68,9 +68,10 @@ class Job:
             command += [f"--{key}", str(value)]
         if self.args.data:
             command += ["--data", self.args.data["file"]]
+        problems = 0 if self.args.data else self.args.preset.problems
         return command + ["--seed", str(self.seed), "--max_steps", str(self.args.steps),
                           "--eval_steps", str(self.every), "--save_steps", str(self.every),
-                          "--eval_problems", str(self.args.preset.problems),
+                          "--eval_problems", str(problems),
                           "--output", self.path + ".bin", "--log", self.path + ".log"]
 
     def run(self):

@@ -77,8 +77,10 @@ class Preset(NamedTuple):
 
 
 # In all presets as in the paper: 63 experts and a shared one, warm-up over a tenth of the steps and
-# then a constant learning rate, so that a run is comparable at each of its steps.
-COMMON = {"n_routed_experts": 63, "n_shared_experts": 1, "vocab_size": 258, "lr_scheduler":
+# then a constant learning rate, so that a run is comparable at each of its steps. All tokens of one
+# stream have a loss: it is the model of the whole text that is compared.
+COMMON = {"packing": "true", "completion_only_loss": "false", "adam_beta2": 0.95,
+          "n_routed_experts": 63, "n_shared_experts": 1, "vocab_size": 258, "lr_scheduler":
           "constant", "warmup_ratio": 0.1, "num_attention_heads": 8, "qk_rope_head_dim": 16}
 PRESETS = {
     "quick": Preset("does it work at all", 150, (2, 1), 5, 40, COMMON | {

@@ -265,14 +265,14 @@ static void flush_stdout(void) {
         fail(FAILED, "stdout: cannot be written: %s", strerror(errno));
 }
 
-// Whether stderr is a terminal, on which a line of progress can be redrawn.
-static int stderr_is_terminal(void) {
+// Whether one of them is a terminal, on which a line can be redrawn or dimmed.
 #ifdef _WIN32
-    return 0;
+static int stderr_is_terminal(void) { return 0; }
+static int stdout_is_terminal(void) { return 0; }
 #else
-    return isatty(2);
+static int stderr_is_terminal(void) { return isatty(2); }
+static int stdout_is_terminal(void) { return isatty(1); }
 #endif
-}
 
 enum { DECIMAL_TEXT = 400 };        // enough for the largest double with all its digits
 // x with 9 significant digits, never with an exponent, for tables and logs. Returns `text`.

@@ -13,12 +13,14 @@ typedef struct {
     int64_t step;                       // steps done
     size_t data_tokens;                 // of the training data; 0 for the built-in task
     const char *data_fingerprint;       // see fingerprint(); "" for the built-in task
+    double best_val_loss;               // the lowest one, whose weights --best keeps; -1: none yet
 } Progress;
 
 static const Key progress_keys[] = {
     { KEY(Progress, step), RANGE(0, 1e12), .help = "steps done" },
     { KEY(Progress, data_tokens), RANGE(0, 1e15), .help = "tokens of the training data" },
     { KEY(Progress, data_fingerprint), .help = "of the training data" },
+    { KEY(Progress, best_val_loss), RANGE(-1, 1e30), .absent = "-1", .help = "the lowest so far" },
 };
 enum { PROGRESS_KEYS = sizeof progress_keys / sizeof *progress_keys };
 
@@ -78,7 +80,8 @@ static void read_state(Recipe *recipe, Progress *progress, const Model *m, const
 static void save_checkpoint(Run *run) {
     const Model *m = &run->model;
     const Data *data = &run->data;
-    Progress progress = { run->step, data->built_in ? 0 : data->train.n, data_fingerprint(data) };
+    Progress progress = { run->step, data->built_in ? 0 : data->train.n, data_fingerprint(data),
+                          run->best_val_loss };
     const Options tables[2] = { { recipe_keys, RECIPE_KEYS, &run->recipe, NULL },
                                 { progress_keys, PROGRESS_KEYS, &progress, NULL } };
     Lines lines = { 0 };
@@ -95,6 +98,21 @@ static void save_checkpoint(Run *run) {
     output_close(&output);
     release(lines.text);
     run->saved = true;
+}
+
+// Writes --best, a model without a training state, if val_loss is the lowest so far.
+static void keep_best(Run *run) {
+    const Model *m = &run->model;
+    if (!*run->job.best || isnan(run->val_loss)) return;
+    if (run->best_val_loss >= 0 && run->val_loss >= run->best_val_loss) return;
+    Output output;
+    output_open(&output, run->job.best, false);
+    ModelWriter to = { .file = output.file, .path = output.path };
+    write_header(&to, m, 0);
+    write_floats(&to, m->weights, m->w.size);
+    write_checksum(&to);
+    output_close(&output);
+    run->best_val_loss = run->val_loss;
 }
 
 // Fails now, and not after hours of training, if a checkpoint cannot be written.
@@ -114,7 +132,7 @@ static FILE *open_log(const char *path, int64_t step, size_t C) {
     FILE *file = step ? fopen(path, "rb") : NULL;
     if (file) {
         fclose(file);
-        old = read_file(path, &bytes);
+        old = read_whole(path, &bytes);
         for (size_t line = 0; keep < bytes; line++) {
             const char *newline = memchr(old + keep, '\n', bytes - keep);
             if (!newline || (line && strtoll(old + keep, NULL, 10) >= step)) break;

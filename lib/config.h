@@ -204,7 +204,7 @@ static const Key config_keys[] = {
         .help = "heads, H"),
     ROW(n_shared_experts, RANGE(0, 1 << 10), .words = "null", .init = "1",
         .help = "experts that every token visits, S"),
-    ROW(n_routed_experts, RANGE(0, 1 << 14), .words = "null", .init = "16",
+    ROW(n_routed_experts, RANGE(0, 1 << 14), .words = "null", .init = "8",
         .help = "experts to choose from, E; null: all layers are dense"),
     ROW(num_experts_per_tok, RANGE(1, 1 << 14), .init = "2",
         .help = "experts chosen per token and iteration, K"),
@@ -268,7 +268,7 @@ static const Key config_keys[] = {
         .help = "biases in q_a, kv_a and o projections"),
     ROW(tie_word_embeddings, .init = "true",
         .help = "lm_head is embed_tokens"),
-    ROW(initializer_range, RANGE(0, 1e9), .init = "0.04",
+    ROW(initializer_range, RANGE(0, 1e9), .init = "0.06",
         .help = "deviation of fresh weights"),
     ROW(bos_token_id, RANGE(-1, 1 << 24), .words = "null", .init = "257",
         .help = "token that starts a text; EOS, as between documents"),
@@ -290,6 +290,8 @@ static const Key config_keys[] = {
         .help = "text gets BOS in front"),
     ROW(chat_template, .words = "none|deepseek_v2", .init = "none",
         .help = "form of a conversation, for run --mode chat"),
+    ROW(default_prompt, .init = "", .absent = "",
+        .help = "what run starts from where no prompt is given; empty: BOS"),
 };
 #undef ROW
 enum { CONFIG_KEYS = sizeof config_keys / sizeof *config_keys };

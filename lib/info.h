@@ -13,6 +13,7 @@ static void info(const Run *run) {
     for (int i = 0; i < CONFIG_KEYS; i++) {
         const Key *k = &config_keys[i];
         if (k->kind == NUM) print_value(k->name, key_number(k, &m->config));
+        else if (k->kind == TEXT) print_text(k->name, key_text(k, &m->config));
         else printf("%s %s\n", k->name, key_text(k, &m->config));
     }
     static const char *const type_names[] = { "f32", "bf16", "q8" };

@@ -19,22 +19,25 @@ typedef struct {
     double weight_decay, adam_beta1, adam_beta2, adam_epsilon;
     double max_grad_norm;               // 0: no clipping
     int64_t seed;
-    bool sequential;                    // windows in file order
+    bool sequential;                    // samples in file order
     int64_t level;                      // of the built-in task
+    bool packing;                       // windows over one stream; else one document a sequence
+    bool completion_only_loss;          // what stands before a completion has no loss
+    const char *completion_marker;      // what a completion begins with
 } Recipe;
 
 #define ROW(field, ...) { KEY(Recipe, field), __VA_ARGS__ }
 static const Key recipe_keys[] = {
-    ROW(batch_size, .letter = 'b', RANGE(1, 1 << 20), .init = "8",
-        .help = "sequences per step"),
+    ROW(batch_size, .letter = 'b', RANGE(1, 1 << 20), .init = "2",
+        .help = "sequences per step; 8 with --data"),
     ROW(max_length, .letter = 'l', RANGE(2, 1 << 24), .init = "192",
         .help = "tokens per sequence"),
     ROW(micro_batch_size, RANGE(0, 1 << 20), .words = "null", .init = "null",
         .help = "sequences at once; null: the batch"),
-    ROW(max_steps, .letter = 'x', RANGE(0, 1e12), .init = "4000",
-        .help = "steps in all, resumed ones included"),
-    ROW(learning_rate, RANGE(0, 1e9), .init = "1.2e-3",
-        .help = "of AdamW, after warm-up"),
+    ROW(max_steps, .letter = 'x', RANGE(0, 1e12), .init = "7200",
+        .help = "steps in all, resumed ones included; 4000 with --data"),
+    ROW(learning_rate, RANGE(0, 1e9), .init = "1e-3",
+        .help = "of AdamW, after warm-up; 1.2e-3 with --data"),
     ROW(warmup_steps, RANGE(-1, 1e12), .words = "null", .init = "null",
         .help = "steps of linear warm-up; null: by warmup_ratio"),
     ROW(warmup_ratio, RANGE(0, 1), .init = "0.05",
@@ -45,8 +48,8 @@ static const Key recipe_keys[] = {
         .help = "of AdamW, on every tensor"),
     ROW(adam_beta1, RANGE(0, 0.9999999), .init = "0.9",
         .help = "decay of the first moment"),
-    ROW(adam_beta2, RANGE(0, 0.9999999), .init = "0.95",
-        .help = "decay of the second moment"),
+    ROW(adam_beta2, RANGE(0, 0.9999999), .init = "0.99",
+        .help = "decay of the second moment; 0.95 with --data"),
     ROW(adam_epsilon, RANGE(1e-30, 1), .init = "1e-8",
         .help = "added to the root of the second moment"),
     ROW(max_grad_norm, RANGE(0, 1e9), .init = "1",
@@ -54,20 +57,26 @@ static const Key recipe_keys[] = {
     ROW(seed, .letter = 's', RANGE(0, 9e15), .init = "1",
         .help = "of the initial weights and the order of the data"),
     ROW(sequential, .flag = true, .init = "false",
-        .help = "windows in file order instead of shuffled"),
+        .help = "samples in file order instead of shuffled"),
     ROW(level, RANGE(1, 2), .init = "1",
         .help = "difficulty of the built-in task"),
+    ROW(packing, .init = "true", .absent = "true",
+        .help = "windows over one stream; false: a document a sequence, padded; true with --data"),
+    ROW(completion_only_loss, .init = "true", .absent = "false",
+        .help = "no loss before the completion; false with --data"),
+    ROW(completion_marker, .init = "answer:", .absent = "answer:",
+        .help = "what the completion of a document begins with"),
 };
 #undef ROW
 enum { RECIPE_KEYS = sizeof recipe_keys / sizeof *recipe_keys };
 
 typedef struct {
-    const char *init, *resume, *data, *val, *tokenizer, *output, *log;
+    const char *init, *resume, *data, *val, *tokenizer, *output, *best, *log;
     bool profile;
     int model;                          // the preset
     int64_t eval_steps, save_steps, sample_steps;
     size_t eval_problems, threads, show_data, show_val;
-    bool help, version;
+    bool show_loss, help, version;
 } Job;
 
 #define ROW(field, ...) { KEY(Job, field), __VA_ARGS__ }
@@ -84,26 +93,31 @@ static const Key job_keys[] = {
         .help = "model file whose tokenizer to take; none: bytes, or that of --init"),
     ROW(output, .letter = 'o', .init = "model.bin",
         .help = "where checkpoints go; with --resume that file"),
+    ROW(best, .init = "",
+        .help = "also keep the weights with the lowest val_loss so far, in this file"),
     ROW(log, .init = "",
         .help = "TSV with a line for each step"),
     ROW(profile, .flag = true, .init = "false",
         .help = "at the end, print what the time went into"),
     ROW(model, .words = "demo|small|paper", .init = "demo",
         .help = "preset for all settings"),
-    ROW(eval_steps, RANGE(0, 1e12), .init = "250",
+    ROW(eval_steps, RANGE(0, 1e12), .init = "500",
         .help = "validate every so many steps; 0: at the end"),
-    ROW(save_steps, RANGE(0, 1e12), .init = "250",
+    ROW(save_steps, RANGE(0, 1e12), .init = "500",
         .help = "save every so many steps; 0: at the end"),
     ROW(sample_steps, RANGE(0, 1e12), .init = "0",
         .help = "show a sample every so many steps; 0: at the end"),
     ROW(eval_problems, RANGE(0, 1 << 20), .init = "200",
-        .help = "held-out problems to solve, a quarter of them during the run; 0: off"),
+        .help = "held-out problems to solve, a quarter of them during the run; 0: off; on text, "
+                "whose documents end in \"#### n\", only if given"),
     ROW(threads, RANGE(0, MOST_THREADS), .words = "null", .init = "null",
         .help = "threads; null: OMP_NUM_THREADS, else all cores"),
     ROW(show_data, RANGE(0, 1 << 30), .init = "0",
         .help = "print so many training documents and exit"),
     ROW(show_val, RANGE(0, 1 << 30), .init = "0",
         .help = "print so many validation documents and exit"),
+    ROW(show_loss, .flag = true, .init = "false",
+        .help = "there, mark what has no loss: [[so]], or dimmed on a terminal"),
     ROW(help, .letter = 'h', .flag = true, .init = "false",
         .help = "this list"),
     ROW(version, .flag = true, .init = "false",
@@ -124,7 +138,7 @@ static const char *const presets[] = {
     "vocab_size 4096 hidden_size 384 num_hidden_layers 6 num_attention_heads 6 "
     "qk_nope_head_dim 64 qk_rope_head_dim 32 v_head_dim 64 kv_lora_rank 128 n_routed_experts 32 "
     "moe_intermediate_size 192 intermediate_size 768 batch_size 8 max_length 256 "
-    "learning_rate 1e-3 warmup_ratio 0.1",
+    "max_steps 4000 learning_rate 1e-3 warmup_ratio 0.1 adam_beta2 0.95",
     [PAPER] = REFERENCE
     "vocab_size 102400 hidden_size 1024 num_hidden_layers 4 num_attention_heads 8 "
     "qk_nope_head_dim 128 qk_rope_head_dim 64 v_head_dim 128 kv_lora_rank 512 n_routed_experts 63 "
@@ -134,7 +148,11 @@ static const char *const presets[] = {
 };
 // The paper's training, which --init takes too.
 static const char paper_recipe[] = "batch_size 64 max_length 512 max_steps 1000 learning_rate 3e-4 "
-    "warmup_ratio 0.1 lr_scheduler constant";
+    "warmup_ratio 0.1 lr_scheduler constant adam_beta2 0.95";
+// What texts and token files get, where the built-in task has short answers to learn, and nothing
+// of the questions: for that, many small steps are best.
+static const char text_recipe[] = "packing true completion_only_loss false batch_size 8 "
+    "max_steps 4000 learning_rate 1.2e-3 adam_beta2 0.95";
 
 // The tables of train's options, in this order.
 enum { CONFIG_TABLE, RECIPE_TABLE, JOB_TABLE, TABLES };

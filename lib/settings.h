@@ -15,6 +15,8 @@ typedef struct {
     int mode;
     bool ids, ignore_eos;
     const char *logits, *trace;         // NULL: not wanted
+    bool completion_only_loss;          // of the documents of --file, in eval
+    const char *completion_marker;
     size_t threads;
     bool help, version;
 } Settings;
@@ -25,7 +27,7 @@ static const Key setting_keys[] = {
     ROW(prompt, .letter = 'i',
         .help = "the text to start from; empty: BOS"),
     ROW(file, .letter = 'f',
-        .help = "the same from a file, its bytes as they are"),
+        .help = "the same from a file, its bytes as they are; eval: documents, as train reads"),
     ROW_AS(n_predict, "n-predict", .letter = 'n', RANGE(-1, 1LL << 50), .init = "256",
         .help = "new tokens at most; -1: to the end of the context"),
     ROW(temp, .letter = 't', RANGE(0, 1e9), .init = "0.8",
@@ -52,6 +54,10 @@ static const Key setting_keys[] = {
         .help = "eval: a file for the logits, float32 [tokens, vocab_size]"),
     ROW(trace,
         .help = "eval, generate: a TSV file for the experts that were chosen"),
+    ROW(completion_only_loss, .init = "false",
+        .help = "eval: what stands before the completion of a document does not count"),
+    ROW(completion_marker, .init = "answer:",
+        .help = "eval: what the completion of a document begins with"),
     ROW(threads, RANGE(0, MOST_THREADS), .init = "0",
         .help = "threads; 0: OMP_NUM_THREADS, or one per processor"),
     ROW(help, .letter = 'h', .flag = true, .init = "false",
@@ -86,7 +92,8 @@ static const char NOTES[] =
     "4096 tokens at most), the oldest messages and answers are forgotten.\n"
     "eval prints tokens (predicted ones), nll (their mean, nats), ppl and bits_per_byte; what is\n"
     "longer than the context is read in windows, half of each as context only. A row of --logits\n"
-    "and a position in --trace belong to one token of the input, its BOS included.\n";
+    "and a position in --trace belong to one token of the input, its BOS included. eval reads a\n"
+    "file as train does: documents, separated by lines <|endoftext|>, each of which ends in EOS.\n";
 
 // What --help prints: usage and examples, the options, and how they play together.
 static void print_help(const Options *options) {
@@ -106,6 +113,10 @@ static void check_settings(const Settings *set, const char *model) {
     if ((mode == EVAL || mode == TOKENIZE) && !set->prompt && !set->file)
         fail(WRONG_USAGE, "--mode eval and tokenize: need --file or --prompt");
     if (set->logits && mode != EVAL) fail(WRONG_USAGE, "--logits: needs --mode eval");
+    if (set->completion_only_loss && (mode != EVAL || !set->file || set->ids))
+        fail(WRONG_USAGE, "--completion_only_loss: needs --mode eval and a --file of text");
+    if (!*set->completion_marker)
+        fail(WRONG_USAGE, "--completion_marker is \"\", must be a text of one byte or more");
     if (set->ids && mode == CHAT) fail(WRONG_USAGE, "--ids: not with --mode chat, which is text");
     if (set->trace && mode != EVAL && mode != GENERATE)
         fail(WRONG_USAGE, "--trace: needs --mode generate or eval");

@@ -89,6 +89,7 @@ static void resume(Run *run, const Options tables[TABLES], Progress *progress) {
     if (*run->job.tokenizer) check_resumed_tokenizer(run);
     run->saved = true;
     run->step = progress->step;
+    run->best_val_loss = progress->best_val_loss;
     run->m = allocate(checked_mul(m.w.size, sizeof(real)), "AdamW's first moments");
     run->v = allocate(checked_mul(m.w.size, sizeof(real)), "AdamW's second moments");
     read_floats(run->m, m.w.size, file, path);
@@ -96,14 +97,19 @@ static void resume(Run *run, const Options tables[TABLES], Progress *progress) {
     fclose(file);
 }
 
-// Ends the program unless the data is what the checkpoint of --resume was trained on.
+// Ends the program unless the data is of the kind that the checkpoint of --resume was trained on: a
+// file, or the built-in task.
+static void check_resumed_kind(const Run *run, const Progress *resumed) {
+    const bool built_in = !*run->job.data;
+    if (built_in != (resumed->data_tokens == 0))
+        fail(FAILED, "%s was trained on %s: %s --data", run->job.resume,
+             built_in ? "a file" : "the built-in task", built_in ? "give it with" : "leave out");
+}
+
+// Ends the program unless the data is the very one that the checkpoint was trained on.
 static void check_resumed_data(const Run *run, const Progress *resumed) {
     const Job *job = &run->job;
     const Data *data = &run->data;
-    if (data->built_in != (resumed->data_tokens == 0))
-        fail(FAILED, "%s was trained on %s: %s --data", job->resume,
-             data->built_in ? "a file" : "the built-in task",
-             data->built_in ? "give it with" : "leave out");
     if (!data->built_in && (resumed->data_tokens != data->train.n ||
                             strcmp(resumed->data_fingerprint, data_fingerprint(data))))
         fail(FAILED, "%s: is not the data that %s was trained on (%zu tokens, there %zu)",
@@ -148,8 +154,9 @@ static void fresh_model(Run *run, const Options *config_table) {
 
 // ---- data ---------------------------------------------------------------------------------------
 
-// Opens the training and validation data. Fails where they do not make a single batch.
-static void open_data(Run *run) {
+// Opens the training and validation data. Fails where they do not make a single batch. `strict`: if
+// completions only are to count, they must be there in the validation data, too.
+static void open_data(Run *run, bool strict) {
     const Model *m = &run->model;
     Data *data = &run->data;
     const size_t n = run->recipe.max_length, B = run->recipe.batch_size;
@@ -160,15 +167,83 @@ static void open_data(Run *run) {
     if (data->built_in && (!m->tokenizer || data->eos < 0))
         fail(FAILED, "the built-in task is text, but the model has no tokenizer or no "
              "eos_token_id: give token files with --data");
+    data->bos = m->config.add_bos_token ? (int)m->config.bos_token_id : -1;
     if (data->built_in) data->val = task_validation(data);
-    else data->train = read_stream(m, run->job.data);
-    if (*run->job.val) data->val = read_stream(m, run->job.val);
+    else data->train = read_stream(m, run->job.data, marker_of(&run->recipe), true);
+    if (*run->job.val) data->val = read_stream(m, run->job.val, marker_of(&run->recipe), strict);
     else if (!data->built_in)
         data->val = split_stream(&data->train, data->eos, run->recipe.sequential);
-    if (!data->built_in && windows(&data->train, n) < B)
-        fail(FAILED, "%s: %zu tokens make %zu windows of %zu, a batch needs %zu: "
-             "make --batch_size or --max_length smaller",
-             run->job.data, data->train.n, windows(&data->train, n), n, B);
+    data->val_document = find_documents(&data->val, data->eos, &data->val_documents);
+    if (data->built_in) return;
+    data->train_document = find_documents(&data->train, data->eos, &data->train_documents);
+    const size_t samples = train_samples(data);
+    if (samples >= B) return;
+    if (!run->recipe.packing)
+        fail(FAILED, "%s: has %zu documents, a batch needs %zu: make --batch_size smaller",
+             run->job.data, samples, B);
+    fail(FAILED, "%s: %zu tokens make %zu windows of %zu, a batch needs %zu: "
+         "make --batch_size or --max_length smaller", run->job.data, data->train.n, samples, n, B);
+}
+
+// Says, without packing, how many documents are longer than a sequence and how much is padding.
+static void describe_data(const Run *run) {
+    const Data *data = &run->data;
+    const size_t n = run->recipe.max_length, documents = data->train_documents;
+    if (run->recipe.packing || data->built_in) return;
+    size_t cut = 0, tokens = 0;
+    for (size_t i = 0; i < documents; i++) {
+        const size_t from = data->train_document[i], to = data->train_document[i + 1];
+        const size_t ends = data->train.tokens[to - 1] != data->eos;
+        const size_t length = (data->bos >= 0) + (to - from) + ends;
+        cut += length > n + 1;
+        tokens += min_size(length, n + 1);
+    }
+    fprintf(stderr, "data: %zu documents, %zu of them cut to %zu tokens; %.1f %% of the tokens are "
+            "padding\n", documents, cut, n + 1,
+            100 - 100 * (double)tokens / ((double)documents * (double)(n + 1)));
+}
+
+// The first held-out question of the built-in task, as a text that lives as long as the program.
+static const char *first_question(const Run *run) {
+    static char text[TASK_MAX];
+    const int n = task_problem(text, 0, 0, (int)run->recipe.level, 1);
+    const size_t end = completion_start(text, (size_t)n, run->recipe.completion_marker);
+    text[end + (text[end] == '\n')] = 0;
+    return text;
+}
+
+// Prints n bytes of a document, of which those before `begin` have no loss; with `mark` these stand
+// in [[ ]], or dimmed on a terminal.
+static void show_text(const char *text, size_t n, size_t begin, bool mark) {
+    const bool dim = mark && stdout_is_terminal();
+    const char *left = dim ? "\033[2m" : "[[", *right = dim ? "\033[0m" : "]]";
+    if (mark && begin) printf("%s%.*s%s", left, (int)begin, text, right);
+    else fwrite(text, 1, begin, stdout);
+    fwrite(text + begin, 1, n - begin, stdout);
+}
+
+// Prints the tokens of one document, without its EOS: those from token `from` up to `to` of a
+// stream. Returns whether a line begins behind it.
+static bool show_tokens(const Run *run, const Stream *s, size_t from, size_t to) {
+    const bool mark = run->job.show_loss && s->counts;
+    size_t begin = from, bytes = 0, at = 0, all = 0, hidden = 0;
+    while (mark && begin < to && !s->counts[begin]) begin++;
+    for (size_t i = from; i < to; i++) {
+        if (!run->model.tokenizer) printf("%d ", s->tokens[i]);
+        else decode(run->model.tokenizer, s->tokens[i], &bytes), all += bytes;
+    }
+    if (!run->model.tokenizer) return from == to;
+    char *text = allocate(all + 1, "a document");
+    for (size_t i = from; i < to; i++) {
+        const char *part = decode(run->model.tokenizer, s->tokens[i], &bytes);
+        memcpy(text + at, part, bytes);
+        at += bytes;
+        if (i + 1 == begin) hidden = at;
+    }
+    show_text(text, all, hidden, mark);
+    const bool line = all == 0 || text[all - 1] == '\n';
+    release(text);
+    return line;
 }
 
 // Prints n documents of a stream, or that many problems of the built-in task, each followed by a
@@ -177,28 +252,21 @@ static void show_documents(const Run *run, const Stream *s, size_t n, bool held_
     const Recipe *r = &run->recipe;
     char problem[TASK_MAX];
     for (size_t i = 0; run->data.built_in && i < n; i++) {
-        task_problem(problem, (uint64_t)r->seed, i, (int)r->level, held_out);
-        printf("%s%s\n", problem, EOS_TEXT);
+        const size_t length = (size_t)task_problem(problem, (uint64_t)r->seed, i, (int)r->level,
+                                                   held_out);
+        const size_t begin = r->completion_only_loss
+            ? completion_start(problem, length, r->completion_marker) : 0;
+        show_text(problem, length, begin < length ? begin : 0, run->job.show_loss);
+        puts(EOS_TEXT);
     }
-    bool line = true;               // whether a line begins here
+    size_t from = 0;
     for (size_t i = 0; i < s->n && n > 0 && !run->data.built_in; i++) {
-        const int id = s->tokens[i];
-        if (id == run->data.eos) {
-            printf("%s%s\n", line ? "" : "\n", EOS_TEXT);
-            n--;
-            line = true;
-            continue;
-        }
-        if (run->model.tokenizer) {
-            size_t bytes;
-            const char *text = decode(run->model.tokenizer, id, &bytes);
-            fwrite(text, 1, bytes, stdout);
-            if (bytes) line = text[bytes - 1] == '\n';
-        } else {
-            printf("%d ", id);
-            line = false;
-        }
+        if (s->tokens[i] != run->data.eos) continue;
+        printf("%s%s\n", show_tokens(run, s, from, i) ? "" : "\n", EOS_TEXT);
+        from = i + 1;
+        n--;
     }
+    if (n && from < s->n && !run->data.built_in) show_tokens(run, s, from, s->n);
 }
 
 // ---- memory -------------------------------------------------------------------------------------
@@ -246,12 +314,13 @@ static void make_room(Run *run) {
     run->g = gradients_new(&m->config, at_once * n, n);
     run->inputs = allocate(checked_mul(B * n, sizeof(int)), "a batch");
     run->targets = allocate(checked_mul(B * n, sizeof(int)), "a batch");
-    run->window = allocate((n + 1) * sizeof(int), "a window");
     run->n_chosen = checked_mul(m->config.num_hidden_layers,
                                 checked_mul(m->config.inner_iter, m->config.n_routed_experts));
     run->chosen = allocate(checked_mul(run->n_chosen, sizeof(int)), "the choices of experts");
-    for (size_t i = 0; run->data.built_in && i < (size_t)run->step * B; i++)
-        next_made_window(&run->data, run->window);
+    if (!run->data.built_in) return;
+    if (!r->packing) run->data.problem = (uint64_t)run->step * B;
+    else for (size_t i = 0; i < (size_t)run->step * B; i++)
+        next_made_sample(run->inputs, run->targets, &run->data);
 }
 
 // ---- the command line ---------------------------------------------------------------------------
@@ -277,17 +346,33 @@ static void settle(Run *run, const Options tables[TABLES]) {
     if (*job->resume && !is_given(&tables[JOB_TABLE], "output")) job->output = job->resume;
     if (*job->init && *job->resume)
         fail(WRONG_USAGE, "--init and --resume: only one of them can be given");
+    if (!*run->recipe.completion_marker)
+        fail(WRONG_USAGE, "--completion_marker is \"\", must be a text of one byte or more");
+    if (*job->data) apply_preset(tables, text_recipe);
     apply_preset(tables, *job->init ? paper_recipe : presets[job->model]);
     if (job->model == PAPER && !*job->init) apply_preset(tables, paper_recipe);
-    if (*job->resume) resume(run, tables, &resumed);
-    else if (*job->init) init_from(run, &tables[CONFIG_TABLE]);
-    else fresh_model(run, &tables[CONFIG_TABLE]);
+    if (*job->resume) {
+        resume(run, tables, &resumed);
+        check_resumed_kind(run, &resumed);
+    } else if (*job->init) {
+        init_from(run, &tables[CONFIG_TABLE]);
+    } else {
+        fresh_model(run, &tables[CONFIG_TABLE]);
+    }
     const size_t longest = run->model.config.max_position_embeddings;
     if (run->recipe.max_length > longest)
         fail(WRONG_USAGE, "--max_length is %zu, must be 2..%zu (max_position_embeddings)",
              run->recipe.max_length, longest);
-    open_data(run);
+    open_data(run, is_given(&tables[RECIPE_TABLE], "completion_only_loss"));
+    if (!run->data.built_in && !is_given(&tables[JOB_TABLE], "eval_problems"))
+        job->eval_problems = 0;
+    if (!run->data.built_in && job->eval_problems && !has_answers(run))
+        fail(FAILED, "%s: no held-out document ends in a line \"#### n\", which --eval_problems "
+             "needs", *job->val ? job->val : job->data);
     if (*job->resume) check_resumed_data(run, &resumed);
+    describe_data(run);
+    if (run->data.built_in && !*run->model.config.default_prompt)
+        run->model.config.default_prompt = first_question(run);
 }
 
 // Does what the command line says up to where training can begin. False where all is done already.

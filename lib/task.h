@@ -207,22 +207,24 @@ static int task_problem(char *text, uint64_t seed, uint64_t i, int level, int he
     return (int)(out - text);
 }
 
-// The length of the prompt, which is the question with its newline; the model's part begins with
-// "answer:". The cut is at a newline because the usual tokenizers never join one with the letters
-// that follow.
-static int task_prompt_length(const char *text) {
-    return (int)strcspn(text, "\n") + 1;
-}
+static const int64_t NO_ANSWER = INT64_MIN;
 
-// The n of the first line that begins with "####", or -1 if there is none or if that line is
+// The n of the first line that begins with "####", or NO_ANSWER if there is none or if that line is
 // anything but "#### n" with its newline: what was cut off in the middle of n is not an answer.
-static long task_answer(const char *text) {
+// Commas in n, as in 1,080, are passed over.
+static int64_t task_answer(const char *text) {
     const char *s = strncmp(text, "####", 4) == 0 ? text : strstr(text, "\n####");
-    if (!s) return -1;
+    if (!s) return NO_ANSWER;
     s += *s == '\n';
-    size_t digits = strncmp(s, "#### ", 5) == 0 ? strspn(s + 5, "0123456789") : 0;
-    if (digits < 1 || digits > 9 || s[5 + digits] != '\n' || (s[5] == '0' && digits > 1)) return -1;
-    return strtol(s + 5, NULL, 10);
+    if (strncmp(s, "#### ", 5)) return NO_ANSWER;
+    const bool negative = s[5] == '-';
+    int64_t n = 0;
+    int digits = 0;
+    for (s += 5 + negative; (*s >= '0' && *s <= '9') || (*s == ',' && digits); s++) {
+        if (*s == ',') continue;
+        if (++digits > 18 || (n == 0 && digits > 1)) return NO_ANSWER;      // no zeros in front
+        n = 10 * n + (*s - '0');
+    }
+    return digits && *s == '\n' ? (negative ? -n : n) : NO_ANSWER;
 }
-
 #endif // TASK_H

@@ -64,6 +64,12 @@ static void print_value(const char *name, double v) {
     printf("%s %s\n", name, decimal(text, v));
 }
 static void print_count(const char *name, size_t n) { printf("%s %zu\n", name, n); }
+static void print_text(const char *name, const char *text) {
+    Lines lines = { 0 };
+    add_json_string(&lines, text);
+    printf("%s %s\n", name, lines.text);
+    release(lines.text);
+}
 
 // A text that grows.
 typedef struct { char *bytes; size_t n, room; } Text;

@@ -328,7 +328,9 @@ static size_t match(const Tokenizer *t, uint32_t alternative, const char *text, 
 typedef struct {
     const Tokenizer *t;
     int special;                // whether special tokens are looked for
+    const char *begin;          // of the text
     int *ids;
+    size_t *starts;             // where in the text each id starts, or NULL
     size_t count;
     char *cut;                  // [n + 1]  whether a piece starts at this byte
     size_t *hopeless;           // [n_alternatives]  for match()
@@ -337,8 +339,13 @@ typedef struct {
     size_t room;
 } Encoder;
 
-// Adds a token to the result. A byte that no UTF-8 has need not have one, and is left out then.
-static void add_id(Encoder *e, uint32_t id) { if (id != NO_TOKEN) e->ids[e->count++] = (int)id; }
+// Adds a token to the result, which starts at this place in the text. A byte that no UTF-8 has need
+// not have one, and is left out then.
+static void add_id(Encoder *e, uint32_t id, const char *at) {
+    if (id == NO_TOKEN) return;
+    if (e->starts) e->starts[e->count] = (size_t)(at - e->begin);
+    e->ids[e->count++] = (int)id;
+}
 
 // Cuts every piece of the text (n bytes) into the matches of one pattern and what is between them.
 static void cut_pieces(Encoder *e, uint32_t stage, const char *text, size_t n) {
@@ -423,7 +430,7 @@ static void merge_piece(Encoder *e, const char *text, size_t n) {
         propose(e, at, n, &n_heap);
         if (at) propose(e, s[at].previous, n, &n_heap);
     }
-    for (size_t i = 0; i < n; i = s[i].next) add_id(e, s[i].id);
+    for (size_t i = 0; i < n; i = s[i].next) add_id(e, s[i].id, text + i);
 }
 
 // The tokens of a piece: with IGNORE_MERGES the one token that is the whole piece, if there is one;
@@ -435,12 +442,12 @@ static void encode_piece(Encoder *e, const char *text, size_t n) {
         size_t length;
         const char *token = i ? token_text(t, t->order[i - 1], &length) : NULL;
         if (i && !compare_texts(token, length, text, n)) {
-            add_id(e, t->order[i - 1]);
+            add_id(e, t->order[i - 1], text);
             return;
         }
     }
     if (t->n_merges) { merge_piece(e, text, n); return; }
-    for (size_t i = 0; i < n; i++) add_id(e, t->byte_token[(unsigned char)text[i]]);
+    for (size_t i = 0; i < n; i++) add_id(e, t->byte_token[(unsigned char)text[i]], text + i);
 }
 
 // The tokens of a text without added tokens.
@@ -534,7 +541,7 @@ static void encode_added(Encoder *e, const char *text, size_t n, uint32_t pass) 
         }
         if (from > done && pass == 0) encode_added(e, text + done, from - done, NORMALIZED);
         else if (from > done) encode_text(e, text + done, from - done);
-        if (a) add_id(e, a->id);
+        if (a) add_id(e, a->id, text + from);
         done = at;
     }
 }
@@ -558,10 +565,13 @@ static void warn_of_nfc(const Tokenizer *t, const char *text, size_t n) {
     }
 }
 
-// Token ids of n bytes of text; there are never more than n, and `ids` has room for that. With
-// `special`, the names of special tokens written in the text become their ids. Returns how many.
-static size_t encode(const Tokenizer *t, int *ids, const char *text, size_t n, int special) {
-    Encoder e = { .t = t, .ids = ids, .special = special };
+// Token ids of n bytes of text; there are never more than n, and `ids` has room for that. starts,
+// of the same length, tells where in the text each begins, white space that it takes along
+// included; it may be NULL. With `special`, the names of special tokens written in the text become
+// their ids. Returns how many.
+static size_t encode(const Tokenizer *t, int *ids, size_t *starts, const char *text, size_t n,
+                     int special) {
+    Encoder e = { .t = t, .ids = ids, .starts = starts, .begin = text, .special = special };
     e.cut = allocate(checked_add(n, 1), "the tokenizer");
     e.hopeless = allocate(checked_mul(t->n_alternatives, sizeof *e.hopeless), "the tokenizer");
     if (t->flags & NFC) warn_of_nfc(t, text, n);

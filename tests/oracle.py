@@ -87,9 +87,21 @@ def windows(stream, first, B, L):                          # inputs and targets,
             torch.stack([stream[i + 1:i + L + 1] for i in at]))
 
 
+def documents(stream, first, B, L, eos=1):                 # inputs and targets, both [B, L]
+    """Sequence b holds document first + b of the stream, cut to L + 1 tokens or padded with EOS."""
+    ends = (stream == eos).nonzero().flatten().tolist()
+    inputs, targets = torch.full((B, L), eos), torch.full((B, L), reference.NO_TARGET)
+    for b in range(B):
+        start = ends[first + b - 1] + 1 if first + b else 0
+        document = stream[start:ends[first + b] + 1][:L + 1]
+        inputs[b, :len(document)] = document[:L]
+        targets[b, :len(document) - 1] = document[1:]
+    return inputs, targets
+
+
 def adamw(cfg, w, stream, B, L, steps, lr, warmup_steps=0, betas=(0.9, 0.95), eps=1e-8,
-          weight_decay=0.01, clip=1.0, micro=None):
-    """Trains on the windows of the stream in file order, at a constant rate after the warm-up.
+          weight_decay=0.01, clip=1.0, micro=None, samples=windows):
+    """Trains on samples of the stream in file order, at a constant rate after the warm-up.
     Yields after every step (log, weights): the loss before the update, aux_loss, grad_norm
     before clipping, and how clear every choice of experts was (gaps)."""
     recipe = {'learning_rate': lr, 'warmup_steps': warmup_steps, 'max_steps': steps,
@@ -99,7 +111,7 @@ def adamw(cfg, w, stream, B, L, steps, lr, warmup_steps=0, betas=(0.9, 0.95), ep
     m = {name: torch.zeros_like(t) for name, t in w.items()}
     v = {name: torch.zeros_like(t) for name, t in w.items()}
     for step in range(steps):
-        loss, aux, grads, records = loss_and_grads(cfg, w, *windows(stream, step * B, B, L), micro)
+        loss, aux, grads, records = loss_and_grads(cfg, w, *samples(stream, step * B, B, L), micro)
         norm = reference.adamw(w, m, v, grads, recipe, step)
         gaps = torch.cat([r['gap'] for r in records] or [torch.tensor([math.inf])])
         yield {'step': step, 'lr': reference.learning_rate(recipe, step), 'loss': loss,
@@ -425,14 +437,23 @@ def draw(rng, cfg, steps):
     # long stream, so that nothing depends on how its end is handled.
     B, L = int(rng.integers(1, 4)), int(rng.integers(2, 5 if calls > 4 else 11))
     micro, clip = int(rng.integers(1, B + 1)), int(rng.choice([1, 1, 5, 0]))    # 0: no clipping
-    stream = torch.tensor(np.resize(rng.integers(0, V, 2 * B * L), steps * B * L + 1))
-    batch = windows(stream, 0, B, L)
+    packing = bool(rng.random() < 0.5)
+    if packing:
+        samples, stream = windows, np.resize(rng.integers(0, V, 2 * B * L), steps * B * L + 1)
+    else:   # Some documents are cut, and some are an EOS alone, which leaves nothing to predict.
+        lengths = [int(rng.integers(1 if i % B else 2, L + 4)) for i in range(2 * B)]
+        some = [[*rng.choice([0, *range(2, V)], n - 1), 1] for n in lengths]
+        samples = documents
+        stream = sum((some[i % (2 * B)] for i in range(steps * B)), [])
+    stream = torch.tensor(np.array(stream))
+    batch = samples(stream, 0, B, L)
     grads, records = loss_and_grads(cfg, w, *batch)[2:]
     grads32 = loss_and_grads(cfg, w32, *batch)[2]
     if clear(records) < CLEAR or far_grads(grads32, grads)[0] > CALM / 5:
         return None
     lr, log, gap, error, noise = 1e-4 if calls > 4 else 1e-3, [], math.inf, 0.0, 0.0
-    run = lambda w: adamw(cfg, w, stream, B, L, steps, lr, warmup_steps=3, clip=clip, micro=micro)
+    run = lambda w: adamw(cfg, w, stream, B, L, steps, lr, warmup_steps=3, clip=clip, micro=micro,
+                          samples=samples)
     for (entry, after), (entry32, after32) in zip(run(w), run(w32)):
         log.append(entry)
         gap = min(gap, entry['gaps'].min().item())
@@ -447,7 +468,7 @@ def draw(rng, cfg, steps):
     return {'cfg': cfg, 'w32': w32, 'w': w, 'ids': ids, 'logits': logits[0], 'records': routing,
             'greedy': continued, 'B': B, 'L': L, 'micro': micro, 'clip': clip, 'stream': stream,
             'grads': grads, 'lr': lr, 'log': log, 'after': after, 'gap': gap, 'noise': noise,
-            'wide': bool(rng.random() < 0.5)}
+            'wide': bool(rng.random() < 0.5), 'packing': packing, 'samples': samples}
 
 
 def compare(case, name, opt, folder):
@@ -491,13 +512,19 @@ def compare(case, name, opt, folder):
                    '--temp', 0, '--repeat-penalty', 1, '--ignore-eos')
         rep.same('greedy', out.split() == list(map(str, case['greedy'])), out.strip())
 
-        call(opt.dump_grads, path('model.bin'), path('stream.bin'), B, L, path('grads.bin'))
+        x, y = case['samples'](case['stream'], 0, B, L)
+        counts = y != reference.NO_TARGET
+        for file, ids in ('inputs', x), ('targets', y.clamp(0)), ('counts', counts.int()):
+            write_tokens(path(file), ids.flatten().tolist(), case['wide'])
+        call(opt.dump_grads, path('model.bin'), path('inputs'), B, L, path('grads.bin'),
+             path('targets'), path('counts'))
         with open(path('grads.bin'), 'rb') as f:
             worst, n = far_grads(unpack(f.read(), cfg, w), case['grads'])
         rep.add('grads', worst, 1e-4, n)
 
         out = call(opt.train, '--init', path('model.bin'), '-d', path('stream.bin'), '--val',
-                   path('stream.bin'), '--sequential', '-b', B, '-l', L, '--micro_batch_size',
+                   path('stream.bin'), '--sequential', '-b', B, '-l', L,
+                   '--packing', str(case['packing']).lower(), '--micro_batch_size',
                    case['micro'], '-x', len(case['log']), '--learning_rate', f'{case["lr"]:.7f}',
                    '--warmup_steps', 3, '--lr_scheduler', 'constant', '--weight_decay', 0.01,
                    '--adam_beta1', 0.9, '--adam_beta2', 0.95, '--adam_epsilon', '0.00000001',
@@ -513,15 +540,16 @@ def compare(case, name, opt, folder):
         after = read_model(path('out.bin'), cfg, w)
         for n in w:
             rep.add('after', far_norm(after[n].double(), case['after'][n]), limit, n)
-        n = B * len(case['log'])                           # the windows of the whole stream
-        x, y = windows(case['stream'], 0, n, L)
-        logits = forward(cfg, case['after'], x)[0].flatten(0, 1)
-        want = reference.cross_entropy(logits, y.flatten()).mean().item()
+        x, y = case['samples'](case['stream'], 0, B * len(case['log']), L)
+        with torch.no_grad():
+            want = reference.loss(cfg, case['after'], x, y)[0].item()
         val = dict(line.split(maxsplit=1) for line in out.splitlines() if ' ' in line)
         rep.add('val_loss', abs(float(val.get('val_loss', 'nan')) / want - 1), limit)
     except Exception as e:                                 # whatever it is, this model failed
         rep.same('output', False, f'{type(e).__name__}: {e}')
-    return rep.end(f' (lr {case["lr"]:.0e}, limit {limit:.0e}, closest choice {case["gap"]:.0e})')
+    kind = "windows" if case["packing"] else "documents"
+    return rep.end(f' ({kind}, lr {case["lr"]:.0e}, limit {limit:.0e}, closest choice '
+                   f'{case["gap"]:.0e})')
 
 
 # ---- [6] command line -------------------------------------------------------------------------

@@ -222,12 +222,18 @@ def balance(config, expert, score, B):                     # [T, K], [T, E] -> o
         total = total + (count * E / (len(s) * K) * s.mean(0)).sum()
     return config['aux_loss_alpha'] * total / groups
 
-# The mean cross entropy, the sum of all balancing losses, and a list of all choices of experts.
-# Training works to make the sum of the two losses small.
+# A target that has no loss: it is padding, or belongs to a question whose answer is learned.
+NO_TARGET = -1
+
+# The mean cross entropy of the targets that have a loss, the sum of all balancing losses, and a
+# list of all choices of experts. Training works to make the sum of the two losses small.
 def loss(config, w, tokens, targets):                      # tokens, targets [B, n]
     records = []
-    logits = logits_forward(config, w, forward(config, w, tokens, records))
-    mean = cross_entropy(logits, targets.flatten()).mean()
+    x = forward(config, w, tokens, records)
+    targets = targets.flatten()
+    counts = targets != NO_TARGET
+    nats = cross_entropy(logits_forward(config, w, x[counts]), targets[counts])
+    mean = nats.sum() / max(len(nats), 1)
     aux = torch.zeros_like(mean)
     for l, c, expert, weight, score in records:
         aux = aux + balance(config, expert, score, len(tokens))
@@ -235,13 +241,16 @@ def loss(config, w, tokens, targets):                      # tokens, targets [B,
 
 # Both losses of a batch, the gradient of their sum by the names of the weights, and all choices. A
 # batch that needs too much memory is taken in micro-batches of `micro` sequences, one after the
-# other. Each counts by its share of the sequences, in its balancing losses as well.
+# other. Each counts by its share of the targets, in its balancing losses as well; of the sequences
+# in a batch that has no targets.
 def batch_gradient(config, w, tokens, targets, micro=None):
     w = {name: x.detach().requires_grad_() for name, x in w.items()}
     grad = {name: torch.zeros_like(x) for name, x in w.items()}
     batch_mean, batch_aux, batch_records, micro = 0.0, 0.0, [], micro or len(tokens)
+    all_targets = (targets != NO_TARGET).sum().item()
     for x, y in zip(tokens.split(micro), targets.split(micro)):
-        share = len(x) / len(tokens)
+        count = (y != NO_TARGET).sum().item()
+        share = count / all_targets if all_targets else len(x) / len(tokens)
         mean, aux, records = loss(config, w, x, y)
         # A weight that took no part has a gradient of 0.
         part = torch.autograd.grad((mean + aux) * share, list(w.values()), allow_unused=True,

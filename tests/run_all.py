@@ -169,7 +169,7 @@ def check_house():
         long = [n for n, line in enumerate(lines.splitlines(), 1) if len(line) > 100]
         must(not long, f"{path}: lines {long} have more than 100 columns")
     fields = re.search(r"typedef struct \{\n([^}]*)\} Config;", text["coe.c"])[1]
-    fields = [name for line in re.findall(r"^ +\w+ ([\w, ]+);", fields, re.M)
+    fields = [name for line in re.findall(r"^ +(?:const )?\w+ \*?([\w, ]+);", fields, re.M)
               for name in line.split(", ")]
     table = text["lib/config.h"].split("config_keys[] = {")[1].split("};")[0]
     rows = re.findall(r"ROW\((\w+),|KEY_AS\(Config, (\w+),", table)

@@ -406,12 +406,12 @@ def chain_of(trace, t):
 def look_at_page(b, trace):
     summary = b.js("document.getElementById('summary').textContent")
     check("summary", f"{len(trace.tokens):,} tokens; 2 layers of experts, each with 2 iterations"
-          in summary and "2 of 16 experts" in summary, summary)
+          in summary and "2 of 8 experts" in summary, summary)
     equal("the chain of the first token", b.js(CHAIN), chain_of(trace, 0))
     equal("layers have the model's numbers", b.js(
         "[...document.querySelectorAll('.layer h3')].map(x => x.textContent)"),
         ["layer 1", "layer 2"])
-    equal("the text is whole", b.js("readings[0].text.textContent.replace(/↵/g, '')"),
+    equal("the text is whole", b.js("readings[0].text.textContent.replace(/[↵‥]/g, '')"),
           "".join(trace.labels()).replace("<|endoftext|>", "◆"))
     check("as many elements for 2,000 tokens as for a few, but for the marks", b.js(
         "document.querySelectorAll('*:not(mark)').length") < 400)
@@ -484,7 +484,7 @@ def compare_iterations(b, trace):
         b.js(f"$('{name}').value = {value}, $('{name}').dispatchEvent(new Event('change'))")
     note = b.js("$('compare-note').textContent")
     for what, share in (("returns", routing.returns(*chains)),
-                        ("by chance", routing.returns_by_chance(*chains, 16))):
+                        ("by chance", routing.returns_by_chance(*chains, 8))):
         check(f"share of {what}", f"{100 * share:.1f} %" in note, f"{share}, {note}")
     pairs = routing.pairs(*chains)
     most = max(pairs.values())
@@ -496,7 +496,7 @@ def compare_iterations(b, trace):
     n = pairs[4, 5]
     check("arrow keys move in the matrix", b.js("$('pair').textContent").startswith(
         f"expert 4, then 5: {n:,} token"), b.js("$('pair').textContent"))
-    loads = routing.counts(chains[1], 16)
+    loads = routing.counts(chains[1], 8)
     equal("loads", b.js("loads.map(x => x.children[2].children[1].textContent)"),
           [f"{100 * n / tokens:.1f}" for n in loads])
 

@@ -401,7 +401,8 @@ def test_eval(folder):
     check("tokenize a file", r.code == 0 and r.ids() == ids[1:], r)
     r = run(model, "-m", "eval", "-f", file, "--logits", logits_file)
     logits, V = read_floats(logits_file), TINY["vocab_size"]
-    check("eval: logits of a text and its BOS", len(logits) == len(ids) * V, len(logits))
+    ids = [256, *text, 257]     # a marker within a line is text to eval, and the document ends
+    check("eval: logits of a text, its BOS and its EOS", len(logits) == len(ids) * V, len(logits))
     nats = sum(cross_entropy(logits[i * V:(i + 1) * V], ids[i + 1]) for i in range(len(ids) - 1))
     values = {k: float(v) for k, v in r.values().items()}
     expected = {"tokens": len(ids) - 1, "nll": nats / (len(ids) - 1),

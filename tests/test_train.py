@@ -9,6 +9,7 @@ The last line is "N passed, N failed". Needs nothing but Python.
 import math
 import os
 import random
+import re
 import resource
 import shutil
 import signal
@@ -25,6 +26,7 @@ import modelbin
 from test_run import DARK, NO_LIMIT, SPACE, VERSION_1, tokenizer_section, write_tiny
 
 TRAIN = os.path.abspath(sys.argv[1] if len(sys.argv) > 1 else "train")
+RUN = os.path.join(os.path.dirname(TRAIN), os.path.basename(TRAIN).replace("train", "run"))
 SERIAL = os.path.abspath(sys.argv[2]) if len(sys.argv) > 2 else None
 
 TINY = """--hidden_size 16 --num_hidden_layers 2 --num_attention_heads 2 --kv_lora_rank 8
@@ -298,11 +300,18 @@ def test_micro_batches(folder):
         logs[micro] = read_log(here("log"))
     for micro in (5, 7):
         check(f"micro-batches of {micro} are the batch", logs[micro] == logs["null"])
-    for micro in (1, 2):
-        off = max(abs(float(a[k]) / float(b[k]) - 1) for a, b in zip(logs[micro], logs["null"])
-                  for k in ("loss", "aux_loss", "grad_norm"))
-        # The sums are rounded in another order, 1e-7 each.
-        check(f"micro-batches of {micro} add up to the batch", off < 1e-5, off)
+    # Only completions count in these. The balancing loss of a micro-batch weighs by its number of
+    # targets, so without it they must add up exactly; and with it where all tokens count.
+    for extra, what in ((["--aux_loss_alpha", 0], ("loss", "grad_norm")),
+                        (["--completion_only_loss", "false"], ("loss", "aux_loss", "grad_norm"))):
+        for micro in ("null", 1, 2):
+            good(f"micro-batches of {micro}", *run, *extra, "--micro_batch_size", micro)
+            logs[micro] = read_log(here("log"))
+        for micro in (1, 2):
+            off = max(abs(float(a[k]) / float(b[k]) - 1) for a, b in zip(logs[micro], logs["null"])
+                      for k in what)
+            # The sums are rounded in another order, 1e-7 each.
+            check(f"micro-batches of {micro} add up to the batch, {extra}", off < 1e-5, off)
 
 
 # ---- data ----------------------------------------------------------------------------------------
@@ -377,12 +386,162 @@ def test_order(folder):
     # The built-in task is a stream like any text.
     write(here("text"), good("its text", *SMALL, "--show_data", 9).out)
     run = [*TINY, "-b", 2, "-l", 37, "-x", 6, "--learning_rate", 0, "--val", here("text"),
-           "--eval_problems", 0, "-o", here("a.bin"), "--log", here("log")]
+           "--completion_only_loss", "true", "--eval_problems", 0, "-o", here("a.bin"), "--log",
+           here("log")]
     good("the built-in task", *run)
     made = losses(here("log"))
     good("the built-in task from a file", *run, "-d", here("text"), "--sequential")
     check("problems made on the fly are the ones shown, in windows that overlap by one",
           losses(here("log")) == made, made)
+
+
+def test_completions(folder):
+    here = lambda name: os.path.join(folder, name)
+    docs = ["q: a b\nanswer: c\nanswer: d\n", "q: e answer: f\n", "no marker\n", "answer: g\n",
+            "answer:\n", "x\n\nanswer:\n"]
+    text = write(here("text"), END.join(docs))
+    show = [*TINY, "-b", 1, "-l", 4, "-d", text, "--val", text, "--show_data", 9]
+    marked = [*show, "--completion_only_loss", "true"]
+    plain = "".join(d + END for d in docs)
+    check("--show_data does not change", good("shown", *marked).out == good("too", *show).out)
+    r = good("--show_loss", *marked, "--show_loss")
+    want = ["[[q: a b]]\nanswer: c\nanswer: d\n", "[[q: e ]]answer: f\n", *docs[2:5],
+            "[[x\n]]\nanswer:\n"]
+    check("--show_loss marks what has none", r.out == "".join(d + END for d in want), repr(r.out))
+    check("and nothing else changes", r.out.replace("[[", "").replace("]]", "") == plain)
+    r = good("all of a text counts by default", *show, "--show_loss")
+    check("unmarked", r.out == plain, r)
+    r = good("another marker", *marked, "--show_loss", "--completion_marker", "nswer: f")
+    check("it is marked", "[[q: e a]]nswer: f\n" in r.out and r.out.count("[[") == 1, r)
+    r = good("the built-in task", *TINY, "--show_val", 20, "--show_loss")
+    shown = r.out.split(END)[:-1]
+    check("its answers are learned", len(shown) == 20 and all(
+        d.startswith("[[question: ") and "]]\nanswer: " in d and d.count("[[") == 1
+        for d in shown), r)
+
+    bad("no marker anywhere", 1, ["text", "q: a b", "completion_marker"], *marked,
+        "--completion_marker", "Answer", "-o", here("x.bin"))
+    bad("an empty marker", 2, ["completion_marker"], *marked, "--completion_marker", "")
+    tokens = write(here("tokens"), token_file([1, 2, 257] * 40))
+    bad("a token file has no markers", 1, ["tokens", "completion_only_loss"], *TINY, "-b", 1, "-l",
+        4, "-d", tokens, "--completion_only_loss", "true", "-o", here("x.bin"))
+
+    # The loss of the completion is that of the windows in which only it is left: at a learning
+    # rate of 0 the sums over all tokens, over prompts and over completions must agree.
+    doc = "q: some question\nanswer: it is so\n"
+    one = write(here("one"), doc)
+    run = [*SMALL, "-b", 1, "-l", 60, "--packing", "false", "-d", one, "--val", one, "-x", 1,
+           "--learning_rate", 0, "-o", here("a.bin"), "--log", here("log")]
+    whole, part = (good(f"loss on {kind}", *run, "--completion_only_loss", kind).values()
+                   ["val_loss"] for kind in ("false", "true"))
+    check("the loss of a step is that of validation", abs(losses(here("log"))[0] - part) < 2e-6,
+          (losses(here("log")), part))
+    for kind, want in ("false", whole), ("true", part):
+        r = subprocess.run([RUN, here("a.bin"), "-m", "eval", "-f", one,
+                            "--completion_only_loss", kind],
+                           stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
+                           env=environment(), timeout=60)
+        got = dict(line.split() for line in r.stdout.decode().splitlines())
+        check(f"run's nll of a document is val_loss, completion_only_loss {kind}",
+              abs(float(got["nll"]) - want) < 2e-6, (got, want))
+        # The file's add_bos_token puts BOS in front; EOS counts.
+        check("and its tokens", int(got["tokens"]) == (len(doc) + 1 if kind == "false" else
+              len("\nanswer: it is so\n") + 1), got)
+
+
+def test_default_prompt(folder):
+    here = lambda name: os.path.join(folder, name)
+    first = good("a held-out problem", *TINY, "--show_val", 1).out.split("answer:")[0]
+    text = write(here("text"), END.join(documents(40)))
+    for what, options, want in (("the built-in task", [], first),
+                                ("a text", ["-d", text], ""),
+                                ("what is given", ["--default_prompt", "q: \n1\\2"], "q: \n1\\2")):
+        good(what, *SMALL, *options, "-x", 1, "--eval_problems", 0, "-o", here("a.bin"))
+        for given, expected in ((), want), (("-i", ""), ""), (("-i", "mine"), "mine"):
+            r = subprocess.run([RUN, here("a.bin"), "-n", "0", *given], stdout=subprocess.PIPE,
+                               stderr=subprocess.DEVNULL, env=environment(), timeout=60)
+            check(f"run starts from {what}, given {given}", r.stdout.decode().rstrip("\n") ==
+                  expected.rstrip("\n"), (r.stdout, expected))
+
+
+def test_packing(folder):
+    here = lambda name: os.path.join(folder, name)
+    rng = random.Random(8)
+    docs = [[rng.randrange(256) for _ in range(rng.choice([0, 3, 9, 15, 16, 17, 40]))] + [257]
+            for _ in range(40)]
+    ids = sum(docs, [])
+    data = write(here("data"), token_file(ids))
+    run = [*TINY, "-d", data, "--val", data, "-l", 16, "--packing", "false", "--lr_scheduler",
+           "constant", "--learning_rate", 0, "--sequential", "--eval_steps", 0, "-o",
+           here("a.bin"), "--log", here("log")]
+    r = good("documents in order", *run, "-b", 40, "-x", 1)
+    full = [[256, *d] for d in docs]
+    cut = sum(len(d) > 17 for d in full)
+    check("those that are cut are counted", f"{cut} of them cut to 17 tokens" in r.err, r)
+    padding = sum(max(0, 17 - len(d)) for d in full) / (17 * 40) * 100
+    check("padding is counted", f"{padding:.1f} % of the tokens are padding" in r.err, (padding, r))
+    batch = losses(here("log"))[0]
+    check("the batch of all is the validation loss", abs(batch - r.values()["val_loss"]) < 2e-6, r)
+    # One document a step: their losses weigh by their targets, the last one of a cut one counts.
+    good("one document a step", *run, "-b", 1, "-x", 40)
+    targets = [min(len(d), 17) - 1 for d in full]
+    mean = sum(l * n for l, n in zip(losses(here("log")), targets)) / sum(targets)
+    check("a batch is its documents, weighted by targets", abs(mean - batch) < 2e-6, (mean, batch))
+    good("any order", *[a for a in run if a != "--sequential"], "-b", 1, "-x", 40)
+    one = sorted(losses(here("log")))
+    good("file order", *run, "-b", 1, "-x", 40)
+    check("an epoch has every document once", one == sorted(losses(here("log"))))
+
+    # The same bytes for any number of threads, and after a resume.
+    text = write(here("text"), END.join(f"q: {d}answer: {d}" for d in documents(60)))
+    run = [*SMALL, "-b", 3, "-l", 50, "-d", text, "--packing", "false", "--completion_only_loss",
+           "true", "--save_steps", 3, "-x", 6]
+    good("one thread", *run, "-o", here("one.bin"))
+    good("two threads", *run, "-o", here("two.bin"), threads=2)
+    check("threads change nothing", read(here("one.bin")) == read(here("two.bin")))
+    good("half of it", *run, "-x", 3, "-o", here("half.bin"))
+    good("the rest", "--resume", here("half.bin"), "-d", text, "--save_steps", 3, "-x", 6)
+    check("nor does a stop", read(here("one.bin")) == read(here("half.bin")))
+    bad("other documents than before", 2, ["packing"], "--resume", here("half.bin"), "-d", text,
+        "--packing", "true")
+
+
+def test_best(folder):
+    here = lambda name: os.path.join(folder, name)
+    text = write(here("text"), END.join(documents(5)))         # so little that it overfits
+    val = write(here("val"), END.join(documents(40)[20:]))
+    run = [*SMALL, "-b", 4, "-l", 32, "-d", text, "--val", val, "--learning_rate", 3e-2, "-x", 60,
+           "--eval_steps", 5, "-o", here("a.bin"), "--best", here("best.bin")]
+    r = good("--best", *run)
+    seen = [float(x) for x in re.findall(r"val_loss ([0-9.]+)", r.err)]
+    check("it validates often, and overfits", len(seen) >= 12 and seen[-1] > min(seen) + 0.1, seen)
+    done = subprocess.run([TRAIN, "--init", here("best.bin"), "-d", text, "--val", val, "-b", "4",
+                           "-l", "32", "-x", "1", "--learning_rate", "0", "-o", here("b.bin")],
+                          stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, env=environment())
+    got = float(done.stdout.split()[1])
+    check("it has the lowest loss", abs(got - min(seen)) < 1e-4, (got, seen))
+    # A run that goes on with worse losses leaves it alone.
+    before = read(here("best.bin"))
+    r = good("resumed", "--resume", here("a.bin"), "-d", text, "--val", val, "-x", 65, "--best",
+             here("best.bin"), "--eval_steps", 1)
+    more = [float(x) for x in re.findall(r"val_loss ([0-9.]+)", r.err)]
+    check("a worse loss does not replace it", min(more) > min(seen) and
+          read(here("best.bin")) == before, (seen, more))
+
+
+def test_solved_text(folder):
+    here = lambda name: os.path.join(folder, name)
+    docs = [f"{i} and 1?\nanswer: {i} + 1\n#### {i % 3}\n" for i in range(40)]
+    text = write(here("text"), END.join(docs))
+    run = [*SMALL, "-b", 2, "-l", 40, "-d", text, "--completion_only_loss", "true", "-x", 1, "-o",
+           here("a.bin")]
+    r = good("a text of answers", *run, "--eval_problems", 2)
+    check("has a solved rate", r.values().get("solved") is not None, r)
+    r = good("only where it is asked for", *run)
+    check("no rate", "solved" not in r.values(), r)
+    bad("a text without answers", 1, ["none", "####", "eval_problems"], *SMALL, "-l", 40, "-d",
+        write(here("none"), END.join(documents(40))), "-x", 1, "-o", here("a.bin"),
+        "--eval_problems", 2)
 
 
 def test_overfit(folder):
@@ -407,7 +566,8 @@ def test_other_models(folder):
     r = good("its data", *few, *tokens, "--show_data", 1)
     check("data without a tokenizer is shown as ids",
           [int(x) for x in r.out.split()[:20]] == ids[:20], r)
-    dense = [*SMALL, "--n_routed_experts", "null", "-x", 3, "--eval_problems", 2]
+    dense = [*SMALL, "--n_routed_experts", "null", "-x", 3, "--eval_problems", 2,
+             "--completion_only_loss", "false"]
     good("no experts", *dense, "-o", here("dense.bin"), "--log", here("log"))
     check("no experts: aux_loss is 0", {float(r["aux_loss"]) for r in read_log(here("log"))} == {0})
     check("no experts: it learns", losses(here("log"))[2] < losses(here("log"))[0])
@@ -456,7 +616,7 @@ def test_bpe(folder):
     special = {"vocab_size": 270, "bos_token_id": 259, "eos_token_id": 260}
     bpe = write_tiny(here("bpe.bin"), 2, section=section, chat_template="deepseek_v2", **special)
     other = write_tiny(here("other.bin"), 2, section=section.replace(b"<bos>", b"<BOS>"), **special)
-    run = [*SMALL, "--tokenizer", bpe, "-x", 3, "--eval_problems", 2, "-o", here("a.bin")]
+    run = [*SMALL, "--tokenizer", bpe, "-x", 3, "-o", here("a.bin")]
 
     text, ids = "the\n\n\nthe x\n<eos>", [257, 258, 10, 257, 32, 120, 10, *b"<eos>", 10, 260]
     write(here("text"), f"{text}\n{END}" * 20)
@@ -625,7 +785,10 @@ def test_damaged_state(folder):
         ["2", "16", "null", "2", "2", "0"], model.recipe)
     for name, right in model.recipe.items():
         for value in (-1, 2**62, "x", "1e999", "", right + " ", '"', '"\\x"', '"\\ud800"', None):
-            if name == "warmup_steps" and value == -1:          # that is null
+            later = ("packing", "completion_only_loss", "completion_marker", "best_val_loss")
+            if (name in ("warmup_steps", "best_val_loss") and value == -1       # that is null
+                    or name in later and value is None          # these need not be there
+                    or name == "best_val_loss" and value == 2**62):
                 continue
             lines = {k: v for k, v in (model.recipe | {name: value}).items() if v is not None}
             path = modelbin.write(here("spoiled.bin"), model._replace(recipe=lines))
