@@ -632,13 +632,15 @@ def test_files(tmp, run):
         settings = json.loads(read(os.path.join(os.path.dirname(file), "tokenizer_config.json")))
         ids = json.loads(text)["model"]["vocab"]
         ids |= {t["content"]: t["id"] for t in json.loads(text)["added_tokens"]}
-        bos, eos = (settings[name]["content"] for name in ("bos_token", "eos_token"))
+        bos, eos = (settings[name] if isinstance(settings[name], str) else settings[name]["content"]
+                    for name in ("bos_token", "eos_token"))
         folder = checkpoint(f"{tmp}/{i}", text, max(ids.values()) + 100, settings,
                             bos_token_id=ids[bos], eos_token_id=ids[eos])
         good(folder, f"{tmp}/{i}.bin")
         lines = tables(f"{tmp}/{i}.bin")["lines"]
         check((lines["add_bos_token"] == "true", lines["chat_template"] == "deepseek_v2") == (
-            settings["add_bos_token"], "'User: '" in settings["chat_template"]), file)
+            settings.get("add_bos_token", False),
+            "'User: '" in settings.get("chat_template", "")), file)
         ends = [bos, "", "User: hi\n\nAssistant: ", "<｜User｜>"]
         texts = [text + ends[i % 4] for i, text in enumerate(TEXTS)]
         against_library(run, file, f"{tmp}/{i}.bin", text, texts, eos)
