@@ -16,7 +16,7 @@
 // without experts has one feed-forward, and is a chain of length 1.
 //
 // To read it, take [2] for what a model consists of, then [7], [5] and [6] for what it computes.
-// The same model in plain PyTorch, with the same names, is tests/reference.py.
+// tests/reference.py is this model in plain PyTorch, with the names that it has here.
 //
 //   [1] config           [4] operations                [7] forward
 //   [2] tensors          [5] the chain of experts      [8] sampler

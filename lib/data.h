@@ -104,11 +104,13 @@ static Stream task_validation(const Data *data) {
 // How many windows of n inputs, and one token more, a stream has.
 static size_t windows(const Stream *s, size_t n) { return s->n ? (s->n - 1) / n : 0; }
 
-// How many samples the validation data makes, or the training data, if that is in memory.
+// How many samples the validation data makes.
 static size_t val_samples(const Data *data) {
     return data->recipe->packing ? windows(&data->val, data->recipe->max_length)
                                  : data->val_documents;
 }
+
+// How many samples training data in memory makes.
 static size_t train_samples(const Data *data) {
     return data->recipe->packing ? windows(&data->train, data->recipe->max_length)
                                  : data->train_documents;

@@ -136,7 +136,7 @@ WIDE static void softmax(real *x, size_t n, real scale, real *log_sum) {
 // All of training is one product, c = a b, met in three forms: y = x w^T forward, dx = dy w and
 // dw = dy^T x backward. They differ in strides only, so there is one kernel.
 //
-// Its heart, tile(), computes 6 rows by PANEL_VECTORS vectors of c. These 24 sums (with 32
+// At its heart tile() computes 6 rows by PANEL_VECTORS vectors of c. These 24 sums (with 32
 // registers) stay in registers while k runs: each step loads 4 vectors of b and 6 numbers of a for
 // 24 fused multiply-adds, two of which the machine starts per cycle. 10 loads in 12 cycles leave
 // room, and 24 independent sums hide that each takes 4 cycles. Fewer rows would wait for loads, and

@@ -58,12 +58,14 @@ static void print_token(Printer *p, int id) {
     }
 }
 
-// One line of a result.
+// A result that is a number, in one line.
 static void print_value(const char *name, double v) {
     char text[DECIMAL_TEXT];
     printf("%s %s\n", name, decimal(text, v));
 }
 static void print_count(const char *name, size_t n) { printf("%s %zu\n", name, n); }
+
+// A result that is a text, as a JSON string in one line.
 static void print_text(const char *name, const char *text) {
     Lines lines = { 0 };
     add_json_string(&lines, text);
