@@ -718,27 +718,33 @@ static Loss train_step(Run *run, double *norm) {
     return loss;
 }
 
-// The mean cross entropy over all targets of the validation samples, in file order. A stream
-// shorter than a window is one of its own; NAN where there is nothing to predict.
-static double validate(Run *run) {
-    Model *m = &run->model;
+// How many validation samples a measurement during the run looks at: a tenth of the samples that
+// are trained on between two of them, unless the user has said how many.
+static size_t samples_on_the_way(const Run *run) {
+    const size_t all = val_samples(&run->data);
+    const int64_t between = run->job.eval_steps * (int64_t)run->recipe.batch_size;
+    int64_t wanted = run->job.eval_windows;
+    if (wanted < 0) wanted = (between + 9) / 10;
+    return wanted > 0 ? min_size(all, (size_t)wanted) : all;
+}
+
+// The mean cross entropy over the targets of `count` validation samples, evenly spaced among all of
+// them, in file order; NAN where there is nothing to predict.
+static double validate(Run *run, size_t count) {
     State *s = &run->state;
-    const Stream *val = &run->data.val;
-    size_t n = run->recipe.max_length, samples = val_samples(&run->data), targets = 0;
-    const bool one_short = run->recipe.packing && samples == 0 && val->n > 1;
-    if (one_short) n = val->n - 1, samples = 1;
-    const size_t at_once = s->rows / run->recipe.max_length;
-    const size_t room = at_once * run->recipe.max_length;
-    int *input = allocate(room * sizeof(int), "validation samples");
-    int *target = allocate(room * sizeof(int), "validation samples");
+    const size_t n = run->recipe.max_length, all = val_samples(&run->data), at_once = s->rows / n;
+    int *input = allocate(s->rows * sizeof(int), "validation samples");
+    int *target = allocate(s->rows * sizeof(int), "validation samples");
     double total = 0;
-    for (size_t i = 0; i < samples; i += at_once) {
-        const size_t B = min_size(samples - i, at_once);
-        for (size_t b = 0; b < B && !one_short; b++)
-            val_sample(input + b * n, target + b * n, &run->data, i + b);
-        if (one_short) window_sample(input, target, n, val, 0);
-        forward(m, s, input, B, n, 0, B * n);
-        total += loss_of(m, s, &run->g, target, B * n, 1, false);
+    size_t targets = 0;
+    for (size_t i = 0; i < count; i += at_once) {
+        const size_t B = min_size(count - i, at_once);
+        for (size_t b = 0; b < B; b++) {
+            const double place = (double)(i + b) * (double)all / (double)count;
+            val_sample(input + b * n, target + b * n, &run->data, (size_t)place);
+        }
+        forward(&run->model, s, input, B, n, 0, B * n);
+        total += loss_of(&run->model, s, &run->g, target, B * n, 1, false);
         targets += count_targets(target, B * n);
     }
     release(input);
@@ -746,14 +752,17 @@ static double validate(Run *run) {
     return targets ? total / (double)targets : NAN;
 }
 
-// Validates, and solves held-out problems: all of them at the end, a quarter on the way. The
-// results go to run->val_loss, run->solved and stderr; the best weights so far to --best.
+// Validates, and solves held-out problems: on the way with some validation samples and a quarter of
+// the problems, at the end with all. The results go to run->val_loss, run->solved and stderr. The
+// best weights so far, which go to --best, are always found with the same samples.
 static void measure(Run *run, bool last) {
+    const size_t some = samples_on_the_way(run), all = val_samples(&run->data);
     size_t problems = run->job.eval_problems;
     if (!last) problems = (problems + 3) / 4;
-    run->val_loss = validate(run);
-    run->solved = solve(run, problems);
+    run->val_loss = validate(run, some);
     keep_best(run);
+    if (last && some < all) run->val_loss = validate(run, all);
+    run->solved = solve(run, problems);
     fprintf(stderr, "step %lld: val_loss %.4f", (long long)run->step, run->val_loss);
     if (!isnan(run->solved))
         fprintf(stderr, ", solved %.1f %% of %zu held-out problems", 100 * run->solved, problems);

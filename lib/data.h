@@ -104,10 +104,10 @@ static Stream task_validation(const Data *data) {
 // How many windows of n inputs, and one token more, a stream has.
 static size_t windows(const Stream *s, size_t n) { return s->n ? (s->n - 1) / n : 0; }
 
-// How many samples the validation data makes.
+// How many samples the validation data makes. A stream shorter than a window is one of its own.
 static size_t val_samples(const Data *data) {
-    return data->recipe->packing ? windows(&data->val, data->recipe->max_length)
-                                 : data->val_documents;
+    const size_t n = windows(&data->val, data->recipe->max_length);
+    return !data->recipe->packing ? data->val_documents : n ? n : data->val.n > 1;
 }
 
 // How many samples training data in memory makes.
@@ -121,10 +121,14 @@ static int target_of(const Stream *s, size_t i) {
     return s->counts && !s->counts[i] ? NO_TARGET : s->tokens[i];
 }
 
-// The window of a stream that starts at token `from`: inputs and targets (n).
+// The window of a stream that starts at token `from`: inputs and targets (n). Where the stream ends
+// before the window, its last token is repeated, without a loss.
 static void window_sample(int *inputs, int *targets, size_t n, const Stream *s, size_t from) {
-    memcpy(inputs, s->tokens + from, n * sizeof(int));
-    for (size_t i = 0; i < n; i++) targets[i] = target_of(s, from + i + 1);
+    for (size_t i = 0; i < n; i++) {
+        const size_t at = from + i;
+        inputs[i] = s->tokens[min_size(at, s->n - 1)];
+        targets[i] = at + 1 < s->n ? target_of(s, at + 1) : NO_TARGET;
+    }
 }
 
 // The document from token `from` up to `to` of a stream as a sample: inputs and targets (n).

@@ -75,6 +75,7 @@ typedef struct {
     bool profile;
     int model;                          // the preset
     int64_t eval_steps, save_steps, sample_steps;
+    int64_t eval_windows;               // -1: by how much is trained between
     size_t eval_problems, threads, show_data, show_val;
     bool show_loss, help, version;
 } Job;
@@ -103,6 +104,9 @@ static const Key job_keys[] = {
         .help = "preset for all settings"),
     ROW(eval_steps, RANGE(0, 1e12), .init = "500",
         .help = "validate every so many steps; 0: at the end"),
+    ROW(eval_windows, RANGE(-1, 1e12), .words = "null", .init = "null",
+        .help = "samples that validate during the run, all at the end; 0: all; null: a tenth of those "
+                "trained on"),
     ROW(save_steps, RANGE(0, 1e12), .init = "500",
         .help = "save every so many steps; 0: at the end"),
     ROW(sample_steps, RANGE(0, 1e12), .init = "0",

@@ -511,7 +511,7 @@ def test_best(folder):
     text = write(here("text"), END.join(documents(5)))         # so little that it overfits
     val = write(here("val"), END.join(documents(40)[20:]))
     run = [*SMALL, "-b", 4, "-l", 32, "-d", text, "--val", val, "--learning_rate", 3e-2, "-x", 60,
-           "--eval_steps", 5, "-o", here("a.bin"), "--best", here("best.bin")]
+           "--eval_steps", 5, "--eval_windows", 0, "-o", here("a.bin"), "--best", here("best.bin")]
     r = good("--best", *run)
     seen = [float(x) for x in re.findall(r"val_loss ([0-9.]+)", r.err)]
     check("it validates often, and overfits", len(seen) >= 12 and seen[-1] > min(seen) + 0.1, seen)
@@ -523,10 +523,32 @@ def test_best(folder):
     # A run that goes on with worse losses leaves it alone.
     before = read(here("best.bin"))
     r = good("resumed", "--resume", here("a.bin"), "-d", text, "--val", val, "-x", 65, "--best",
-             here("best.bin"), "--eval_steps", 1)
+             here("best.bin"), "--eval_steps", 1, "--eval_windows", 0)
     more = [float(x) for x in re.findall(r"val_loss ([0-9.]+)", r.err)]
     check("a worse loss does not replace it", min(more) > min(seen) and
           read(here("best.bin")) == before, (seen, more))
+
+
+def test_windows(folder):
+    """With a learning rate of 0, what is measured on the way is a mean over the named samples."""
+    here = lambda name: os.path.join(folder, name)
+    rng = random.Random(9)
+    write(here("tokens"), token_file([rng.randrange(64) for _ in range(20 * 16 + 1)]))
+    still = [*TINY, "--vocab_size", 64, "-l", 16, "--learning_rate", 0, "-d", here("tokens"),
+             "-o", here("a.bin"), "--log", here("log"), "--val", here("tokens"), "--sequential"]
+    good("each window's loss", *still, "-b", 1, "-x", 20)
+    order = losses(here("log"))
+
+    def seen(what, batch, steps, *options):
+        r = good(what, *still, "-b", batch, "-x", 2 * steps, "--eval_steps", steps, *options)
+        return [float(x) for x in re.findall(r"val_loss ([0-9.]+)", r.err)]
+    for count, options in ((20, ("--eval_windows", 0)), (20, ("--eval_windows", 99)),
+                           (7, ("--eval_windows", 7)), (1, ("--eval_windows", 1)), (3, ())):
+        first, last = seen(f"{count} windows", 3, 10, *options)
+        wanted = sum(order[i * 20 // count] for i in range(count)) / count
+        check(f"{count} windows validate on the way {options}", abs(first - wanted) < 1e-4,
+              (first, wanted))
+        check("all at the end", abs(last - sum(order) / 20) < 1e-4, (last, order))
 
 
 def test_solved_text(folder):
