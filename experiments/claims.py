@@ -2,7 +2,7 @@
 """Turns the numbers of a grid into tables, and says which claims of the paper they confirm.
 
     python3 experiments/claims.py experiments/results/default-task      prints the Markdown again
-                                  --short                               the README's table
+                                  --short                               that of docs/experiments.md
 
 What it reads: NAME.tsv, a line for each run, and NAME-curves.tsv, one for each validation.
 """
@@ -194,29 +194,30 @@ def claims_table(grid):
     """Every claim whose two rows are there: the paper's difference, and ours in three ways."""
     yield ("claim", "A", "B", "paper, A - B", *(f"equal {kind}" for kind in KINDS),
            "seed by seed", "A's parameters", "A's memory")
-    for claim in CLAIMS:
+    for claim, paper, found in claims_in(grid):
         a, b = claim.better, claim.other
-        if a not in grid.runs or b not in grid.runs:
-            continue
-        cells = [f"{with_interval(*found[:2])}: {found[2]}" if found else "too short"
-                 for found in measured(grid, claim)]
+        cells = [f"{with_interval(*x[:2])}: {x[2]}" if x else "too short" for x in found]
         ratio = [f"{grid.mean_of(a, what) / grid.mean_of(b, what) - 1:+.0%}"
                  for what in ("total_parameters", "peak_bytes")]
         pairs = grid.pairs(a, b)
-        yield (claim.text, ABOUT[a], ABOUT[b], f"{PAPER[a] - PAPER[b]:+.3f}", *cells,
+        yield (claim.text, ABOUT[a], ABOUT[b], f"{paper:+.3f}", *cells,
                with_interval(*paired(pairs)) if len(pairs) > 1 else "", *ratio)
 
 
-def short_table(grid):
-    """The README's: differences at equal steps, and the three verdicts."""
-    yield "claim", "A - B", "paper", "here", *(f"equal {kind}" for kind in KINDS)
+def claims_in(grid):
+    """Every claim whose two rows are there: (claim, the paper's difference, what measured() finds)."""
     for claim in CLAIMS:
-        a, b = claim.better, claim.other
-        if a in grid.runs and b in grid.runs:
-            found = list(measured(grid, claim))
-            verdicts = [x[2].removesuffix(" at this scale") if x else "" for x in found]
-            yield (claim.text, f"{ABOUT[a]} - {ABOUT[b]}", f"{PAPER[a] - PAPER[b]:+.3f}",
-                   with_interval(*found[0][:2]), *verdicts)
+        if claim.better in grid.runs and claim.other in grid.runs:
+            yield claim, PAPER[claim.better] - PAPER[claim.other], list(measured(grid, claim))
+
+
+def short_table(grid):
+    """That of docs/experiments.md: differences at equal steps, and the three verdicts."""
+    yield "claim", "A - B", "paper", "here", *(f"equal {kind}" for kind in KINDS)
+    for claim, paper, found in claims_in(grid):
+        verdicts = [x[2].removesuffix(" at this scale") if x else "" for x in found]
+        yield (claim.text, f"{ABOUT[claim.better]} - {ABOUT[claim.other]}", f"{paper:+.3f}",
+               with_interval(*found[0][:2]), *verdicts)
 
 
 def report(path, title):
@@ -238,7 +239,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("name", help="such as experiments/results/default-task")
-    parser.add_argument("--short", action="store_true", help="the README's table of the claims")
+    parser.add_argument("--short", action="store_true", help="a short table of the claims")
     args = parser.parse_args()
     print(markdown(short_table(Grid(args.name)), 2) if args.short else
           report(args.name, "The paper's grid, " + args.name.rpartition("/")[2]), end="")

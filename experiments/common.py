@@ -77,16 +77,14 @@ def pyplot():
         "axes.spines.top": False, "axes.spines.right": False, "axes.edgecolor": "#888888",
         "axes.grid": True, "grid.color": "#e8e8e8", "grid.linewidth": 0.6, "axes.axisbelow": True,
         "legend.frameon": False, "legend.fontsize": 8, "lines.linewidth": 1.6,
-        "svg.hashsalt": "coe.c",        # or the same figure would be another file each time
     })
     import matplotlib.pyplot
     return matplotlib.pyplot
 
 
 def save_figure(figure, path):
-    """Writes path.png and path.svg."""
+    """Writes path.png, on white, which is readable on a dark page too."""
     os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
     figure.savefig(path + ".png", metadata={"Software": None})
-    figure.savefig(path + ".svg", metadata={"Date": None, "Creator": None})
     pyplot().close(figure)
-    print(f"{os.path.relpath(path)}.png, .svg", file=sys.stderr)
+    print(f"{os.path.relpath(path)}.png", file=sys.stderr)

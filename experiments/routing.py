@@ -19,7 +19,7 @@ Prints tables as TSV, a line "# name" before each. Everything counts from 0, as 
   pairs         tokens with expert `first` in iteration t and expert `second` in t + 1, the most
                 frequent 10 of each layer and t.
 
---figures draws PREFIX-load, PREFIX-pairs, PREFIX-returns and PREFIX-weights as .png and .svg.
+--figures draws PREFIX-load, PREFIX-pairs, PREFIX-returns and PREFIX-weights as .png.
 """
 import argparse
 import math

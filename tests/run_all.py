@@ -181,6 +181,7 @@ def check_house():
 # ---- Python packages -----------------------------------------------------------------------------
 
 VENV = os.path.join("build", "venv", "bin", "python")
+EXPORT = "numpy", "safetensors", "ml_dtypes"            # what export.py needs
 
 
 def python_with(*modules):
@@ -205,17 +206,16 @@ def set_up_venv():
 
 def python_groups():
     """The tests that need packages; what is missing is counted as skipped."""
-    needs, problem = ("numpy", "safetensors", "ml_dtypes"), ""
-    python = python_with(*needs)
+    problem, python = "", python_with(*EXPORT)
     if not python:
         problem = set_up_venv()
-        python = python_with(*needs)
+        python = python_with(*EXPORT)
     if python:
         yield "export.py", [python, "tests/test_export.py"]
         yield "tokenizer", [python, "tests/test_tokenizer.py", "./run"]
     else:
-        report("export.py, tokenizer", 0, 0, 2, text=f"needs {', '.join(needs)}: {problem}")
-    python = python_with("torch", "numpy", "safetensors", "ml_dtypes")
+        report("export.py, tokenizer", 0, 0, 2, text=f"needs {', '.join(EXPORT)}: {problem}")
+    python = python_with("torch", *EXPORT)
     if not python:
         report("comparison with PyTorch", 0, 0, 2, text="needs torch")
         return
@@ -245,6 +245,8 @@ def main():
                             ("test_task", "./train"),
                             ("test_bench", "./train", "./run", "build/bench")):
             groups.append((name + ".py", [sys.executable, f"tests/{name}.py", *args]))
+        groups.append(("test_docs.py", [python_with(*EXPORT) or sys.executable,
+                                        "tests/test_docs.py"]))
         groups.append(("test_experiments.py", [python_with("matplotlib") or sys.executable,
                                                "tests/test_experiments.py", "./train", "./run"]))
         list(pool.map(run_tests, [*python_groups(), *groups]))
