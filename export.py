@@ -37,10 +37,14 @@ becomes a model.bin; the rest serves those, or is another way through them.
     [3] reading a checkpoint   [7] the command line
     [4] writing model.bin      [8] checks, errors and files
 """
-import argparse, base64, contextlib, functools, json, math, os, re, shutil, signal, struct, sys
-import time, unicodedata, zlib
+import argparse, base64, contextlib, functools, glob, json, math, os, re, shutil, signal, struct
+import sys, time, unicodedata, zlib
 from typing import NamedTuple
 
+try:
+    import fcntl
+except ImportError:                     # on Windows
+    fcntl = None
 try:
     import ml_dtypes                    # teaches numpy bfloat16
     import numpy as np
@@ -588,6 +592,23 @@ def write_checkpoint(source, folder, model_type):
         for other, data in zip(others, files.values()):
             other.write(data)
         progress.add(0, last=True)
+    remove_others(folder, ["model.safetensors", *files])
+
+
+# What would be taken for a part of a checkpoint that is written into a folder.
+OF_A_CHECKPOINT = re.compile(
+    r"(pytorch_)?model(-\d+-of-\d+)?\.(safetensors|bin)(\.index\.json)?|tokenizer(_config)?\.json|"
+    r"(special_tokens_map|added_tokens|vocab|generation_config)\.json|merges\.txt|tokenizer\.model|"
+    r"chat_template\.(jinja|json)")
+
+
+def remove_others(folder, names):
+    """Removes what an older checkpoint has left in a folder beside the files of these names, as
+    shards, their index, a tokenizer. What is no checkpoint's stays."""
+    for name in sorted(os.listdir(folder)):
+        if OF_A_CHECKPOINT.fullmatch(name) and name not in names:
+            note(f"{folder}: warning: removes {name}, of another checkpoint")
+            os.remove(os.path.join(folder, name))
 
 
 def config_to_json(c, model_type):
@@ -805,6 +826,8 @@ def arguments():
     p.add_argument("--version", action="version", version="export.py 1, writes model.bin "
                    "version 2, reads versions 1 and 2")
     a = p.parse_args()
+    if same_file(a.source, a.target):
+        p.error(f"TARGET {a.target} is SOURCE, too, must be a file of its own")
     a.to_folder = a.init is None and not os.path.isdir(a.source) and (
         os.path.isdir(a.target) or not a.target.endswith(".bin") and not os.path.exists(a.target))
     if a.dtype and a.to_folder:
@@ -841,8 +864,9 @@ def main():
     except Failure as e:
         note(" ".join(str(e).split()))
         return 1
-    except (OSError, MemoryError) as e:
-        note(f"{getattr(e, 'filename', None) or a.source}: {getattr(e, 'strerror', None) or e}")
+    except (OSError, MemoryError, RecursionError) as e:
+        note(f"{getattr(e, 'filename', None) or a.source}: "
+             f"{getattr(e, 'strerror', None) or e or 'takes too much memory'}")
         return 1
     except KeyboardInterrupt:
         note("interrupted, nothing was written")
@@ -853,6 +877,13 @@ def main():
 
 class Failure(Exception):
     """An error for the user, one line. main() prints it."""
+
+
+def same_file(a, b):
+    """Whether two paths lead to one file, by whatever names and links, or would if it existed."""
+    if os.path.exists(a) and os.path.exists(b):
+        return os.path.samefile(a, b) and os.path.isfile(a)
+    return os.path.realpath(a) == os.path.realpath(b)
 
 
 def die(where, what):
@@ -1157,6 +1188,24 @@ def blame(path, doing=""):
 
 
 @contextlib.contextmanager
+def locked(path):
+    """A file that is locked until this process ends: it tells others that it is alive."""
+    with open(path, "wb") as file:
+        if fcntl:
+            with contextlib.suppress(OSError):                 # some network file systems cannot
+                fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        yield
+
+
+def sweep(folder):
+    """Removes the temporary folders of killed runs: those whose lock nobody holds."""
+    for old in glob.glob(os.path.join(glob.escape(folder), ".export-*")) if fcntl else ():
+        with contextlib.suppress(OSError), open(os.path.join(old, "lock"), "r+b") as file:
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            shutil.rmtree(old, ignore_errors=True)
+
+
+@contextlib.contextmanager
 def new_files(folder, names, size):
     """Opens files in a temporary folder inside folder. Once all are complete and on the disk they
     take their own names; where that fails nothing is left, and what was there before still is."""
@@ -1174,14 +1223,18 @@ def new_files(folder, names, size):
                 die(path, "is not a file, so it is not replaced")
         if size > (free := shutil.disk_usage(folder).free):
             die(paths[0], f"needs {size} bytes, only {free} are free there")
+        sweep(folder)
         new = os.path.join(folder, f".export-{os.getpid()}")
         stack.callback(shutil.rmtree, new, ignore_errors=True)  # before mkdir: a signal may follow
         os.mkdir(new)
+        stack.enter_context(locked(os.path.join(new, "lock")))
         files = [stack.enter_context(open(os.path.join(new, name), "wb")) for name in names]
         yield files
-        for f in files:
+        for f, path in zip(files, paths):
             f.flush()
             os.fsync(f.fileno())
+            if os.path.exists(path):
+                os.chmod(f.name, os.stat(path).st_mode & 0o7777)
             f.close()
         for f, path in zip(files, paths):
             os.replace(f.name, path)
@@ -1513,6 +1566,8 @@ def must(ok, what, *values):
 TAKE, NOT_NEXT, LINE_END = range(3)     # the kinds of items
 NO_LIMIT = 2**32 - 1
 MOST_ITEMS = 32                         # in an alternative, for the C code
+MOST_ALTERNATIVES = 1000                # of a pattern
+MOST_CLASSES = 256                      # in a pattern: each takes a megabyte here
 END_OF_UNICODE = 0x110000
 
 
@@ -1536,6 +1591,8 @@ def chars_of(codes):
 
 def literal(text):
     """The alternatives of a pattern that is the text itself."""
+    if len(text) > MOST_ITEMS:
+        raise ValueError(f"it has {len(text)} items in a row, at most {MOST_ITEMS} are read")
     return checked([[Item(TAKE, chars_of([ord(char)])) for char in text]])
 
 
@@ -1559,7 +1616,7 @@ class Regex:
     it with Ruby's syntax). ValueError says what of it items cannot express."""
 
     def __init__(self, regex):
-        self.text, self.at = regex, 0
+        self.text, self.at, self.classes = regex, 0, 0
         self.alternatives = self.alternation()
         if self.at < len(regex):
             self.refuse()
@@ -1584,10 +1641,16 @@ class Regex:
         return alternatives
 
     def sequence(self, in_group, fold):
-        """The alternatives of one sequence, as groups are written out: x(?:a|b)y is xay|xby."""
+        """The alternatives of one sequence, as groups are written out: x(?:a|b)y is xay|xby. What
+        that may take is bounded, for (?:a|b) forty times would be 2^40 alternatives."""
         paths = [[]]
         while self.at < len(self.text) and self.text[self.at] not in "|)":
             start, choices = self.at, self.element(in_group, fold)
+            if len(paths) * len(choices) > MOST_ALTERNATIVES:
+                raise ValueError(f"it has more than {MOST_ALTERNATIVES} alternatives with groups "
+                                 "written out, not supported")
+            if len(paths[0]) > MOST_ITEMS:
+                raise ValueError(f"it has more than {MOST_ITEMS} items in a row, not supported")
             if not all(may_branch(path, choices) for path in paths):
                 self.at = start
                 self.refuse("a group after items that may give back what it starts with")
@@ -1625,6 +1688,9 @@ class Regex:
 
     def characters(self, fold):
         """The class of one character: [...], an escape, or itself."""
+        self.classes += 1
+        if self.classes > MOST_CLASSES:
+            raise ValueError(f"it has more than {MOST_CLASSES} classes, not supported")
         if self.take(r"(?=[.^$()\]{}*+?|]|\Z)"):
             self.refuse()
         if not self.take(r"\["):

@@ -39,6 +39,7 @@ static void read_documents(Run *run, const char *text, size_t n) {
     const Config *c = &run->model.config;
     const Settings *set = &run->set;
     const bool bos = c->add_bos_token && c->bos_token_id >= 0;
+    check_text(set->file, &text, &n, set->allow_bytes);
     Stream s = tokenize_documents(run->model.tokenizer, text, n, (int)c->eos_token_id,
                                   set->completion_only_loss ? set->completion_marker : NULL, true,
                                   set->file);
@@ -100,22 +101,13 @@ static void read_tokens(Run *run) {
 
 enum { CHUNK = 512, LOGIT_ROWS = 64 };
 
-static volatile sig_atomic_t interrupted;
-
-// Control-C: the work stops at the next token or chunk; a second one ends the program at once.
-static void on_interrupt(int signal_number) {
-    interrupted = 1;
-    signal(signal_number, SIG_DFL);
-}
-
-// Makes control-C end a wait for input, too: signal() would have some systems go on waiting.
-static void catch_interrupt(void) {
-#ifdef _WIN32
-    signal(SIGINT, on_interrupt);
-#else
-    struct sigaction action = { .sa_handler = on_interrupt };
-    sigaction(SIGINT, &action, NULL);
-#endif
+// Ends the program after an interruption, and says which files are missing for that.
+static _Noreturn void stop(const Run *run) {
+    const Output *const outputs[] = { &run->logits_file, &run->trace_file };
+    for (int i = 0; i < 2; i++)
+        if (outputs[i]->file)
+            fprintf(stderr, "run: %s: interrupted, not written\n", outputs[i]->path);
+    exit(INTERRUPTED);
 }
 
 // The longest context there may be.
@@ -138,7 +130,7 @@ static void make_room(Run *run, size_t needed, size_t logit_rows) {
 // The first `skip` of them have been run before, in another window. The last `wanted` leave their
 // rows in the state's `final`, with a trace all of them do. Returns the last such row.
 static size_t step(Run *run, size_t index, size_t n, size_t pos, size_t skip, size_t wanted) {
-    if (interrupted) exit(INTERRUPTED);
+    if (interrupted) stop(run);
     if (run->trace_file.file) wanted = n;
     forward(&run->model, &run->state, run->tokens + index, 1, n, pos, wanted);
     if (run->trace_file.file) trace(run, index, n, skip);
@@ -289,7 +281,8 @@ static void generate(Run *run) {
         fail(FAILED, "the prompt is %zu tokens long, the context holds %zu (--ctx-size, at most "
              "max_position_embeddings %zu)", prompt, limit,
              run->model.config.max_position_embeddings);
-    make_room_to_write(run, run->set.n_predict < 0 ? limit : prompt + (size_t)run->set.n_predict);
+    const size_t most = run->set.n_predict < 0 ? SIZE_MAX : prompt + (size_t)run->set.n_predict;
+    make_room_to_write(run, min_size(most, limit));
     Writer w = writer_new(run);
     for (size_t i = 0; i < prompt; i++) {
         print_token(&w.printer, run->tokens[i]);
@@ -302,9 +295,11 @@ static void generate(Run *run) {
     const size_t n = write_on(run, &w, prompt, run->context);
     const double end = seconds();
     end_line(&w);
+    if (n == limit && n < most)
+        fprintf(stderr, "run: the context of %zu tokens is full: the text may go on\n", limit);
     print_speed(run, middle - start, n > prompt ? n - prompt - 1 : 0, end - middle);
     writer_free(&w);
-    if (interrupted) exit(INTERRUPTED);
+    if (interrupted) stop(run);
 }
 
 // ---- [4] eval -----------------------------------------------------------------------------------
@@ -513,7 +508,7 @@ static void work(Run *run) {
              set->ctx_size, longest);
     print_model(&run->model);
     if (set->mode == GENERATE || set->mode == EVAL || set->mode == TOKENIZE) read_tokens(run);
-    catch_interrupt();
+    catch_interrupts(true);
     if (set->logits) output_open(&run->logits_file, set->logits, true);
     if (set->trace) output_open(&run->trace_file, set->trace, true);
     if (set->trace) fputs(TRACE_COLUMNS, run->trace_file.file);
@@ -539,7 +534,7 @@ int main(int argc, char **argv) {
     int first = 1;                                  // the model is the first argument, or the last
     if (argc > 1 && argv[1][0] != '-') run.path = argv[first++];
     else if (argc > 2 && argv[argc - 1][0] != '-') run.path = argv[--argc];
-    parse_options(&options, 1, argc, argv, first);
+    parse_options(&options, 1, argc, argv, first, "prompt");
     if (run.set.help) {
         print_help(&options);
     } else if (run.set.version) {

@@ -665,8 +665,8 @@ static double expert_load(const Run *run, size_t c) {
     return layers > 0 ? total / layers : NAN;
 }
 
+
 #include "lib/checkpoint.h"
-#include "lib/samples.h"
 
 // Adds the gradient of one batch, the one at run->step, to run->grad, micro-batch after
 // micro-batch, and counts its choices of experts. Returns its losses. Micro-batches weigh by their
@@ -718,6 +718,19 @@ static Loss train_step(Run *run, double *norm) {
     return loss;
 }
 
+// A line of progress on stderr about a measurement that takes more than two seconds, begun at
+// `start`: redrawn on a terminal, and every ten seconds elsewhere. For one thread at a time.
+static void show_part(const char *what, size_t done, size_t all, double start) {
+    static double shown;
+    const bool terminal = stderr_is_terminal();
+    const double now = seconds();
+    if (now - start < 2 || now - shown < (terminal ? 0.2 : 10)) return;
+    shown = now;
+    fprintf(stderr, "%s: %zu of %zu%s", what, done, all, terminal ? "  \r" : "\n");
+}
+
+#include "lib/samples.h"
+
 // How many validation samples a measurement during the run looks at: a tenth of the samples that
 // are trained on between two of them, unless the user has said how many.
 static size_t samples_on_the_way(const Run *run) {
@@ -729,7 +742,7 @@ static size_t samples_on_the_way(const Run *run) {
 }
 
 // The mean cross entropy over the targets of `count` validation samples, evenly spaced among all of
-// them, in file order; NAN where there is nothing to predict.
+// them, in file order; NAN where there is nothing to predict, or after an interruption.
 static double validate(Run *run, size_t count) {
     State *s = &run->state;
     const size_t n = run->recipe.max_length, all = val_samples(&run->data), at_once = s->rows / n;
@@ -737,7 +750,9 @@ static double validate(Run *run, size_t count) {
     int *target = allocate(s->rows * sizeof(int), "validation samples");
     double total = 0;
     size_t targets = 0;
-    for (size_t i = 0; i < count; i += at_once) {
+    const double start = seconds();
+    for (size_t i = 0; i < count && !interrupted; i += at_once) {
+        show_part("validation", i, count, start);
         const size_t B = min_size(count - i, at_once);
         for (size_t b = 0; b < B; b++) {
             const double place = (double)(i + b) * (double)all / (double)count;
@@ -749,7 +764,7 @@ static double validate(Run *run, size_t count) {
     }
     release(input);
     release(target);
-    return targets ? total / (double)targets : NAN;
+    return targets && !interrupted ? total / (double)targets : NAN;
 }
 
 // Validates, and solves held-out problems: on the way with some validation samples and a quarter of
@@ -763,6 +778,8 @@ static void measure(Run *run, bool last) {
     keep_best(run);
     if (last && some < all) run->val_loss = validate(run, all);
     run->solved = solve(run, problems);
+    if (interrupted) run->val_loss = run->solved = NAN;
+    if (isnan(run->val_loss) && isnan(run->solved)) return;
     fprintf(stderr, "step %lld: val_loss %.4f", (long long)run->step, run->val_loss);
     if (!isnan(run->solved))
         fprintf(stderr, ", solved %.1f %% of %zu held-out problems", 100 * run->solved, problems);
@@ -796,15 +813,6 @@ static void print_profile(int64_t steps) {
         const double s = i < IDLE ? phase_seconds[i] : all;
         fprintf(stderr, "%-20s %10.6f %7.2f\n", names[i], s / (double)steps, 100 * s / all);
     }
-}
-
-static volatile sig_atomic_t interrupted;
-
-// The first SIGINT or SIGTERM lets the step finish and save; the second ends the program at once.
-static void on_interrupt(int signal_number) {
-    if (interrupted) _Exit(INTERRUPTED);
-    interrupted = 1;
-    signal(signal_number, on_interrupt);        // some systems forget the handler once it has run
 }
 
 // Whether something that is done every `period` steps and at the end is due after step s, from 0.
@@ -844,13 +852,21 @@ static int train(Run *run) {
     }
     if (job->profile && profiled) print_profile(profiled);
     if (log) fclose(log);
-    if (run->step < r->max_steps) {
+    if (run->step < r->max_steps || (interrupted && isnan(run->val_loss))) {
         fprintf(stderr, "train: interrupted after step %lld; ./train --resume %s goes on\n",
                 (long long)run->step, job->output);
         return INTERRUPTED;
     }
-    if (first >= r->max_steps) measure(run, true);      // it was finished already
+    if (first >= r->max_steps) {                        // it was finished already
+        if (*job->resume)
+            fprintf(stderr, "train: %s has %lld steps behind it, --max_steps is %lld: none left\n",
+                    job->resume, (long long)first, (long long)r->max_steps);
+        measure(run, true);
+    }
     char text[DECIMAL_TEXT];
+    if (run->data.val_targets && !isfinite(run->val_loss))
+        fail(FAILED, "step %lld: val_loss is %g, must be finite", (long long)run->step,
+             run->val_loss);
     if (!isnan(run->val_loss)) printf("val_loss %s\n", decimal(text, run->val_loss));
     if (!isnan(run->solved)) printf("solved %s\n", decimal(text, run->solved));
     flush_stdout();
@@ -862,14 +878,14 @@ static int train(Run *run) {
 // Options, then either a list (--help), documents to look at, or training.
 int main(int argc, char **argv) {
     static Run run = { .val_loss = NAN, .solved = NAN, .best_val_loss = -1 };
+    Progress resumed = { 0 };
     program = "train";
     occupy_standard_files();
-    if (!prepare(&run, argc, argv)) return 0;
+    if (!prepare(&run, &resumed, argc, argv)) return 0;
     print_model(&run.model);
-    make_room(&run);
-    if (run.step < run.recipe.max_steps) try_output(run.job.output);
-    if (*run.job.best) try_output(run.job.best);
-    signal(SIGINT, on_interrupt);
-    signal(SIGTERM, on_interrupt);
+    make_room(&run, &resumed);
+    claim_outputs(&run);
+    on_interrupt_say = "train: finishes the step and saves; once more stops it at once\n";
+    catch_interrupts(false);
     return train(&run);
 }

@@ -28,9 +28,14 @@ def command_line(main):
 def write_file(path, content):
     """Writes text or bytes so that the file is there complete or not at all."""
     os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
-    with open(path + ".tmp", "wb") as f:
-        f.write(content.encode() if isinstance(content, str) else content)
-    os.replace(path + ".tmp", path)
+    new = f"{path}.tmp-{os.getpid()}"       # a name of its own: two may write this file
+    try:
+        with open(new, "wb") as f:
+            f.write(content.encode() if isinstance(content, str) else content)
+        os.replace(new, path)
+    finally:
+        if os.path.exists(new):
+            os.remove(new)
 
 
 def tsv(rows):

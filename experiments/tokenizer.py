@@ -19,6 +19,7 @@ import tempfile
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from common import ROOT, Failure, command_line
+from tracefile import export as model_files
 
 BOS, EOS = "<|beginoftext|>", "<|endoftext|>"
 SMALLEST = {
@@ -61,6 +62,8 @@ def main():
     args = p.parse_args()
     if args.vocab_size < 258:
         p.error(f"--vocab_size is {args.vocab_size}, must be 258 or more: all bytes, BOS and EOS")
+    if model_files.same_file(args.text, args.output):
+        p.error(f"{args.output} is TEXT, too, OUTPUT must be a file of its own")
     try:
         with open(args.text, encoding="utf-8", newline="") as f:
             text = f.read()

@@ -16,7 +16,7 @@ import sys
 from array import array
 
 from common import ROOT, command_line, write_file
-from tracefile import Model, Trace
+from tracefile import Model, Trace, export
 
 PARTS = os.path.join(ROOT, "experiments", "viewer")
 
@@ -63,6 +63,8 @@ def main():
     parser.add_argument("trace", help="what ./run --trace wrote")
     parser.add_argument("-o", "--output", default="routing.html", help="[routing.html]")
     args = parser.parse_args()
+    if any(export.same_file(args.output, x) for x in (args.model, args.trace)):
+        parser.error(f"{args.output} is read, too, --output must be a file of its own")
     trace = Trace(args.trace, Model(args.model))
     write_file(args.output, page(trace))
     print(f"{args.output}: {len(trace.tokens)} tokens, {os.path.getsize(args.output)} bytes",

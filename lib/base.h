@@ -9,8 +9,8 @@
 #ifndef BASE_H
 #define BASE_H
 #define COE_VERSION "1.0"
-#ifndef _POSIX_C_SOURCE
-#define _POSIX_C_SOURCE 200809L
+#ifndef _XOPEN_SOURCE
+#define _XOPEN_SOURCE 700               // POSIX of 2008, and realpath()
 #endif
 #include <ctype.h>      // isspace
 #include <errno.h>
@@ -56,6 +56,18 @@ static _Noreturn void fail(int code, const char *format, ...) {
     va_end(args);
     fputc('\n', stderr);
     exit(code);
+}
+
+// What is to be done when a signal ends the program, or NULL.
+static void (*on_sudden_end)(void);
+
+// Prints a text on stderr, from a signal handler, in which little else than write() is allowed.
+static void say(const char *text) {
+#ifdef _WIN32
+    (void)text;
+#else
+    if (*text && write(2, text, strlen(text)) < 0) return;
+#endif
 }
 
 // ---- sizes and memory ---------------------------------------------------------------------------
@@ -256,6 +268,9 @@ static void occupy_standard_files(void) {
     while (file >= 0 && file < 3) file = open("/dev/null", O_RDONLY);
     if (file >= 0) close(file);
     signal(SIGPIPE, SIG_IGN);       // a closed pipe shows as a failed write, with a message
+#ifdef SIGXFSZ
+    signal(SIGXFSZ, SIG_IGN);       // and so does a file that becomes longer than is allowed
+#endif
 #endif
 }
 

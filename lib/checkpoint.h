@@ -14,6 +14,8 @@ typedef struct {
     size_t data_tokens;                 // of the training data; 0 for the built-in task
     const char *data_fingerprint;       // see fingerprint(); "" for the built-in task
     double best_val_loss;               // the lowest one, whose weights --best keeps; -1: none yet
+    int64_t problem;                    // of the built-in task, to make next; -1: not known
+    size_t pending;                     // tokens of problems made before that are not used yet
 } Progress;
 
 static const Key progress_keys[] = {
@@ -21,6 +23,8 @@ static const Key progress_keys[] = {
     { KEY(Progress, data_tokens), RANGE(0, 1e15), .help = "tokens of the training data" },
     { KEY(Progress, data_fingerprint), .help = "of the training data" },
     { KEY(Progress, best_val_loss), RANGE(-1, 1e30), .absent = "-1", .help = "the lowest so far" },
+    { KEY(Progress, problem), RANGE(-1, 1e18), .absent = "-1", .help = "to make next" },
+    { KEY(Progress, pending), RANGE(0, TASK_MAX + 2), .absent = "0", .help = "tokens left over" },
 };
 enum { PROGRESS_KEYS = sizeof progress_keys / sizeof *progress_keys };
 
@@ -76,12 +80,33 @@ static void read_state(Recipe *recipe, Progress *progress, const Model *m, const
     release(state);
 }
 
+// Ends the program if the weights, the moments, or any logits of the last batch are not finite:
+// they must not replace the last good checkpoint. (The loss of an echo looks at all logits.)
+static void must_be_sound(Run *run) {
+    Model *m = &run->model;
+    const size_t n = run->recipe.max_length, rows = run->state.rows;
+    const real *const all[] = { m->weights, run->m, run->v };
+    double loss = 0;
+    for (int i = 0; i < 3; i++)
+        for (size_t j = 0; j < m->w.size; j++) loss += 0 * (double)all[i][j];
+    if (isfinite(loss)) {
+        forward(m, &run->state, run->inputs, rows / n, n, 0, rows);
+        loss = loss_of(m, &run->state, &run->g, run->inputs, rows, 1, false);
+    }
+    if (!isfinite(loss))
+        fail(FAILED, "step %lld: the weights after it, or their logits, are not finite; "
+             "%s%s", (long long)run->step - 1, run->saved ? "the last good checkpoint is " :
+             "nothing was saved yet", run->saved ? run->job.output : "");
+}
+
 // Writes --output: the model, how it is trained, how far, and AdamW's moments.
 static void save_checkpoint(Run *run) {
     const Model *m = &run->model;
+    must_be_sound(run);
     const Data *data = &run->data;
     Progress progress = { run->step, data->built_in ? 0 : data->train.n, data_fingerprint(data),
-                          run->best_val_loss };
+                          run->best_val_loss,
+                          data->built_in ? (int64_t)data->problem : -1, data->pending.n };
     const Options tables[2] = { { recipe_keys, RECIPE_KEYS, &run->recipe, NULL },
                                 { progress_keys, PROGRESS_KEYS, &progress, NULL } };
     Lines lines = { 0 };
@@ -103,7 +128,7 @@ static void save_checkpoint(Run *run) {
 // Writes --best, a model without a training state, if val_loss is the lowest so far.
 static void keep_best(Run *run) {
     const Model *m = &run->model;
-    if (!*run->job.best || isnan(run->val_loss)) return;
+    if (!*run->job.best || !isfinite(run->val_loss)) return;
     if (run->best_val_loss >= 0 && run->val_loss >= run->best_val_loss) return;
     Output output;
     output_open(&output, run->job.best, false);
@@ -115,11 +140,14 @@ static void keep_best(Run *run) {
     run->best_val_loss = run->val_loss;
 }
 
-// Fails now, and not after hours of training, if a checkpoint cannot be written.
-static void try_output(const char *path) {
+// Makes an output of at least `bytes` bytes this run's own. Fails now, and not after hours of
+// training, if it cannot be written.
+static void try_output(const char *path, double bytes) {
     Output output;
+    if (!*path) return;
     output_open(&output, path, false);
     output_abandon(&output);
+    claim(path, bytes);
 }
 
 // ---- the log ------------------------------------------------------------------------------------
@@ -129,10 +157,8 @@ static void try_output(const char *path) {
 static FILE *open_log(const char *path, int64_t step, size_t C) {
     size_t bytes = 0, keep = 0;
     char *old = NULL;
-    FILE *file = step ? fopen(path, "rb") : NULL;
-    if (file) {
-        fclose(file);
-        old = read_whole(path, &bytes);
+    if (step && !access(path, F_OK)) {
+        old = read_file(path, &bytes);
         for (size_t line = 0; keep < bytes; line++) {
             const char *newline = memchr(old + keep, '\n', bytes - keep);
             if (!newline || (line && strtoll(old + keep, NULL, 10) >= step)) break;
@@ -149,8 +175,8 @@ static FILE *open_log(const char *path, int64_t step, size_t C) {
         fputc('\n', output.file);
     }
     output_close(&output);
-    release(old);
-    file = fopen(path, "ab");
+    free(old);
+    FILE *file = fopen(path, "ab");
     if (!file) fail(FAILED, "%s: cannot be written: %s", path, strerror(errno));
     return file;
 }

@@ -325,10 +325,43 @@ static void set_option(const Options *table, const Key *k, const char *shown, co
     if (table->given) table->given[k - table->keys] = 1;
 }
 
+// How like a wrong name is to an option's: the letters that they have in common at the start, more
+// where one is a part of the other, or the other's initials (lr for learning_rate).
+static size_t likeness(const char *wrong, size_t length, const char *name) {
+    char initials[64] = { 0 }, part[64];
+    size_t n = 0, same = 0;
+    for (size_t i = 0; name[i] && n < 63; i++)
+        if (i == 0 || !isalnum((unsigned char)name[i - 1])) initials[n++] = name[i];
+    snprintf(part, sizeof part, "%.*s", (int)min_size(length, 63), wrong);
+    while (part[same] && part[same] == name[same]) same++;
+    if (length > 1 && !strcmp(part, initials)) return 100;
+    if (length > 2 && strstr(name, part)) return 50;
+    return same > 2 ? same : 0;
+}
+
+// Ends the program on an argument that is no option, and names the one that may be meant. `text`:
+// the option that takes what stands alone.
+static _Noreturn void unknown_option(const Options *tables, size_t n_tables, const char *arg,
+                                     const char *text) {
+    const char *best = NULL, *name = arg + 1 + (arg[1] == '-');
+    const Options *table;
+    if (arg[0] != '-')
+        fail(WRONG_USAGE, "%.60s: is no option; did you mean --%s \"%.60s\"?", arg, text, arg);
+    if (arg[1] != '-' && arg[1] && find_key(tables, n_tables, arg + 1, 1, &table))
+        fail(WRONG_USAGE, "%s: unknown option; did you mean -%c %s?", arg, arg[1], arg + 2);
+    for (size_t t = 0, most = 0; t < n_tables; t++)
+        for (size_t i = 0; i < tables[t].n; i++) {
+            const size_t like = likeness(name, strcspn(name, "="), tables[t].keys[i].name);
+            if (like > most) most = like, best = tables[t].keys[i].name;
+        }
+    fail(WRONG_USAGE, best ? "%s: unknown option; did you mean --%s?"
+                           : "%s: unknown option; --help lists them%s", arg, best ? best : "");
+}
+
 // Reads the command line from argv[first] on: --name value, --name=value, -letter value; a flag
-// takes no value. Ends the program on what it does not know.
-static void parse_options(const Options *tables, size_t n_tables, int argc, char **argv,
-                          int first) {
+// takes no value. Ends the program on what it does not know; `text` is the option for a text alone.
+static void parse_options(const Options *tables, size_t n_tables, int argc, char **argv, int first,
+                          const char *text) {
     for (int i = first; i < argc; i++) {
         const char *arg = argv[i], *name = arg + (arg[0] == '-') + (arg[0] == '-' && arg[1] == '-');
         const size_t length = strcspn(name, "=");
@@ -336,7 +369,7 @@ static void parse_options(const Options *tables, size_t n_tables, int argc, char
         const bool is_long = name == arg + 2, is_short = name == arg + 1 && name[0] && !name[1];
         const Key *k = (is_long && length > 1) || is_short
             ? find_key(tables, n_tables, name, length, &table) : NULL;
-        if (!k) fail(WRONG_USAGE, "%s: unknown option; --help lists them", arg);
+        if (!k) unknown_option(tables, n_tables, arg, text);
         if (name[length]) set_option(table, k, k->name, name + length + 1);
         else if (k->flag) set_option(table, k, arg, "true");
         else set_option(table, k, arg, ++i < argc ? argv[i] : NULL);

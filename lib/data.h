@@ -21,6 +21,7 @@ typedef struct {
     Stream train, val;
     size_t *train_document, *val_document;  // without packing: starts of documents, then the end
     size_t train_documents, val_documents;  // how many they are
+    size_t val_targets;         // validation tokens that have a loss
     size_t *order;              // [samples] this epoch's order of the samples
     uint64_t epoch;             // the epoch of `order`, + 1; 0: none yet
     Stream pending;             // built-in: tokens made and not used yet
@@ -171,6 +172,22 @@ static void next_made_sample(int *inputs, int *targets, Data *data) {
     s->n -= n;
 }
 
+// Goes on where a run was: the next problem to make is number `problem`, and the last `pending`
+// tokens of those before it, which are not more than a problem has, are still to come.
+static void go_to_problem(Data *data, uint64_t problem, size_t pending) {
+    Stream *s = &data->pending;
+    *s = room_for_problems(data->recipe->max_length / TASK_MAX + 4);
+    for (uint64_t first = problem; s->n < pending && first > 0; ) {
+        s->n = 0;
+        for (uint64_t i = --first; i < problem; i++) add_problem(s, data, i, 0);
+    }
+    const size_t gone = s->n - min_size(s->n, pending);
+    memmove(s->tokens, s->tokens + gone, (s->n - gone) * sizeof(int));
+    memmove(s->counts, s->counts + gone, s->n - gone);
+    s->n -= gone;
+    data->problem = problem;
+}
+
 // The place in the data of sample number i of a run: in file order, or in an order drawn anew each
 // epoch.
 static size_t place_of(Data *data, uint64_t i) {
@@ -204,6 +221,26 @@ static void train_sample(int *inputs, int *targets, Data *data, uint64_t i) {
     else document_sample(inputs, targets, n, data, &data->train, start[place], start[place + 1]);
 }
 
+// How many of n targets have a loss.
+static size_t count_targets(const int *targets, size_t n) {
+    size_t count = 0;
+    for (size_t i = 0; i < n; i++) count += targets[i] != NO_TARGET;
+    return count;
+}
+
+// How many validation tokens have a loss.
+static size_t count_val_targets(const Data *data) {
+    const size_t n = data->recipe->max_length;
+    int *sample = allocate(checked_mul(2 * n, sizeof(int)), "a validation sample");
+    size_t count = 0;
+    for (size_t i = 0; i < val_samples(data); i++) {
+        val_sample(sample, sample + n, data, i);
+        count += count_targets(sample + n, n);
+    }
+    release(sample);
+    return count;
+}
+
 // The batch of a step: inputs and targets (batch_size, max_length). The steps must be asked for in
 // order.
 static void next_batch(Data *data, uint64_t step, int *inputs, int *targets) {
@@ -212,10 +249,4 @@ static void next_batch(Data *data, uint64_t step, int *inputs, int *targets) {
         train_sample(inputs + b * n, targets + b * n, data, step * B + b);
 }
 
-// How many of n targets have a loss.
-static size_t count_targets(const int *targets, size_t n) {
-    size_t count = 0;
-    for (size_t i = 0; i < n; i++) count += targets[i] != NO_TARGET;
-    return count;
-}
 #endif // DATA_H

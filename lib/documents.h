@@ -21,6 +21,87 @@ typedef struct {
     size_t documents;           // EOS tokens
 } Stream;
 
+// ---- files --------------------------------------------------------------------------------------
+
+// All bytes of a file, *n of them, and a final NUL; the caller frees them. It may be a pipe, of up
+// to 1 GiB.
+static char *read_file(const char *path, size_t *n) {
+    char *bytes = NULL;
+    FILE *file = fopen(path, "rb");
+    if (!file) fail(FAILED, "%s: cannot be opened: %s", path, strerror(errno));
+    const size_t most = is_special(path) ? (size_t)1 << 30 : SIZE_MAX / 4;
+    *n = 0;
+    for (size_t room = 0, got = 1; got; *n += got) {
+        if (*n == room) {
+            if (room >= most) fail(FAILED, "%s: is longer than %zu bytes", path, most);
+            room = room ? 2 * room : 1 << 16;
+            bytes = realloc(bytes, room + 1);
+            if (!bytes) fail(FAILED, "out of memory: %.1f MB for %s", (double)room / 1e6, path);
+        }
+        got = fread(bytes + *n, 1, room - *n, file);
+    }
+    if (ferror(file)) fail(FAILED, "%s: cannot be read: %s", path, strerror(errno));
+    fclose(file);
+    bytes[*n] = 0;
+    return bytes;
+}
+
+// What people take for text, by how it begins. (Much of it would pass as some tokens or other, and
+// nobody would notice but by a loss that does not fall.)
+static const struct { const char *begin; size_t n; const char *what; } not_text[] = {
+    { "\x1F\x8B", 2, "gzip: unpack it first" },
+    { "PK\3\4", 4, "a zip archive: unpack it first" },
+    { "\x28\xB5\x2F\xFD", 4, "zstd: unpack it first" },
+    { "BZh", 3, "bzip2: unpack it first" },
+    { "\xFD" "7zXZ", 5, "xz: unpack it first" },
+    { "PAR1", 4, "parquet: write its texts to a file, with lines <|endoftext|> between them" },
+    { "ARROW1", 6, "Arrow: write its texts to a file, with lines <|endoftext|> between them" },
+    { "\xFF\xFE", 2, "UTF-16: iconv -f utf-16 -t utf-8 makes text of it" },
+    { "\xFE\xFF", 2, "UTF-16: iconv -f utf-16 -t utf-8 makes text of it" },
+    { "COE1", 4, "a model file" },
+    { "GGUF", 4, "a GGUF model" },
+    { "%PDF", 4, "a PDF: pdftotext makes text of it" },
+    { "\x93NUMPY", 6, "a NumPy array: as tokens it needs llm.c's header" },
+    { "version https://git-lfs", 23, "what git LFS leaves in the place of a file: git lfs pull" },
+};
+
+// Ends the program if data is not UTF-8 text, and says what it looks like. *bytes of *text: a byte
+// order mark at the start is taken off. `allow`: anything is text, as it is.
+static void check_text(const char *path, const char **text, size_t *bytes, bool allow) {
+    const unsigned char *b = (const unsigned char *)*text;
+    const char *what = NULL;
+    const size_t n = *bytes;
+    size_t at = 0, zeros = 0;
+    if (allow) return;
+    for (size_t length; at < n && b[at] && (length = utf8_length(b + at, n - at)); at += length)
+        if (length > n - at) break;
+    const bool whole = at == n;
+    for (size_t i = 0; i < sizeof not_text / sizeof *not_text && !what; i++)
+        if ((!whole || not_text[i].n > 20) && n >= not_text[i].n &&
+            !memcmp(b, not_text[i].begin, not_text[i].n)) what = not_text[i].what;
+    for (size_t i = 0; i < min_size(n, 4096); i++) zeros += !b[i];
+    if (!what && !whole && n > 9 && b[8] == '{' && !b[7]) what = "safetensors";
+    if (!what && !whole && zeros > min_size(n, 4096) / 4)
+        what = "UTF-16, or tokens without llm.c's header";
+    if (what) fail(FAILED, "%s: is not text but %s (--allow_bytes takes it as it is)", path, what);
+    if (!whole)
+        fail(FAILED, "%s: byte %zu is 0x%02X, not UTF-8 text: is it Latin-1 (iconv -f latin1 -t "
+             "utf-8), or tokens without llm.c's header? --allow_bytes takes it as it is", path, at,
+             b[at]);
+    if (n >= 3 && !memcmp(b, "\xEF\xBB\xBF", 3)) {
+        fprintf(stderr, "%s: %s: leaves out the byte order mark at its start\n", program, path);
+        *text += 3;
+        *bytes -= 3;
+    }
+    const size_t line = strcspn(*text, "\n");          // there is a NUL behind the text
+    if (**text == '{' && line && (*text)[line - 1] == '}' && memchr(*text, '"', line))
+        fprintf(stderr, "%s: %s: looks like JSON lines, all of which is learned, braces and all; "
+                "text is made by: python3 -c 'import json, sys; [print(json.loads(x)[\"text\"] + "
+                "\"\\n<|endoftext|>\") for x in sys.stdin]'\n", program, path);
+}
+
+// ---- documents ----------------------------------------------------------------------------------
+
 // Where the completion of a document of n bytes begins: at n where the marker is not there.
 static size_t completion_start(const char *text, size_t n, const char *marker) {
     const size_t length = strlen(marker);
@@ -104,22 +185,16 @@ static void read_token_file(Stream *s, const char *path, const char *text, size_
     }
 }
 
-// A whole file in memory, and its size; the caller releases it. Fails on what cannot be read.
-static char *read_whole(const char *path, size_t *bytes) {
-    uint64_t size;
-    FILE *file = open_regular(path, &size);
-    char *text = allocate(checked_add((size_t)size, 1), "the data");
-    read_exactly(text, (size_t)size, file, path);
-    fclose(file);
-    *bytes = (size_t)size;
-    return text;
-}
-
 // Reads a text or a token file, told apart by the magic. With a marker, not NULL, only completions
-// count, as in tokenize_documents(). Fails on text that no tokenizer can encode.
-static Stream read_stream(const Model *m, const char *path, const char *marker, bool strict) {
+// count, as in tokenize_documents(). Fails on text that no tokenizer can encode, and on what is no
+// text unless that is allowed.
+static Stream read_stream(const Model *m, const char *path, const char *marker, bool strict,
+                          bool allow_bytes) {
+    uint64_t size;
+    fclose(open_regular(path, &size));          // a pipe or a device may have no end
     size_t bytes;
-    char *text = read_whole(path, &bytes);
+    char *file = read_file(path, &bytes);
+    const char *text = file;
     int32_t magic = 0;
     Stream s = { 0 };
     if (!bytes) fail(FAILED, "%s: is empty, must be UTF-8 text or a token file", path);
@@ -134,10 +209,11 @@ static Stream read_stream(const Model *m, const char *path, const char *marker, 
              "give a token file or --tokenizer", path);
     } else {
         const int eos = (int)m->config.eos_token_id;
+        check_text(path, &text, &bytes, allow_bytes);
         s = tokenize_documents(m->tokenizer, text, bytes, eos, marker, strict, path);
     }
     for (size_t i = 0; i < s.n; i++) s.documents += s.tokens[i] == m->config.eos_token_id;
-    release(text);
+    free(file);
     return s;
 }
 #endif // DOCUMENTS_H

@@ -243,13 +243,14 @@ static FILE *open_regular(const char *path, uint64_t *bytes) {
 }
 
 #ifndef _WIN32
+static const char *mapped_path;         // the file that was mapped last
+
 // A mapped file that another program cuts short raises SIGBUS where the missing page is touched.
-// Only write() and _exit() are safe in a signal handler.
 static void on_sigbus(int signal_number) {
     (void)signal_number;
-    static const char text[] = "error: the model file became shorter while it was read\n";
-    if (write(2, text, sizeof text - 1) < 0) _exit(FAILED);
-    _exit(FAILED);
+    say(program), say(": "), say(mapped_path), say(": became shorter while it was read\n");
+    if (on_sudden_end) on_sudden_end();
+    _Exit(FAILED);
 }
 #endif
 
@@ -499,6 +500,7 @@ static Model model_open(const char *path, enum Opening how, FILE **state, Header
         m.map_bytes = (size_t)bytes;
         m.map = mmap(NULL, m.map_bytes, PROT_READ, MAP_PRIVATE, fileno(file), 0);
         if (m.map == MAP_FAILED) fail(FAILED, "%s: cannot be mapped: %s", path, strerror(errno));
+        mapped_path = path;
         signal(SIGBUS, on_sigbus);
         m.weights = (real *)(void *)((char *)m.map + at + before_weights);
     }

@@ -77,7 +77,7 @@ typedef struct {
     int64_t eval_steps, save_steps, sample_steps;
     int64_t eval_windows;               // -1: by how much is trained between
     size_t eval_problems, threads, show_data, show_val;
-    bool show_loss, help, version;
+    bool allow_bytes, show_loss, help, version;
 } Job;
 
 #define ROW(field, ...) { KEY(Job, field), __VA_ARGS__ }
@@ -90,6 +90,8 @@ static const Key job_keys[] = {
         .help = "training data: UTF-8 text or llm.c tokens; none: the built-in task"),
     ROW(val, .init = "",
         .help = "validation data; none: the last 5 % of the documents"),
+    ROW(allow_bytes, .flag = true, .init = "false",
+        .help = "take data that is not UTF-8 text as it is"),
     ROW(tokenizer, .init = "",
         .help = "model file whose tokenizer to take; none: bytes, or that of --init"),
     ROW(output, .letter = 'o', .init = "model.bin",
@@ -105,8 +107,8 @@ static const Key job_keys[] = {
     ROW(eval_steps, RANGE(0, 1e12), .init = "500",
         .help = "validate every so many steps; 0: at the end"),
     ROW(eval_windows, RANGE(-1, 1e12), .words = "null", .init = "null",
-        .help = "samples that validate during the run, all at the end; 0: all; null: a tenth of those "
-                "trained on"),
+        .help = "samples that validate during the run, at the end all; 0: all; null: a tenth of "
+                "those trained on"),
     ROW(save_steps, RANGE(0, 1e12), .init = "500",
         .help = "save every so many steps; 0: at the end"),
     ROW(sample_steps, RANGE(0, 1e12), .init = "0",

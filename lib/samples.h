@@ -125,9 +125,12 @@ static bool solves(const Run *run, const Problem *p) {
 // thread takes a problem at a time.
 static double solve(const Run *run, size_t problems) {
     size_t right = 0;
+    const double start = seconds();
     problems = min_size(problems, problem_count(run));
     #pragma omp parallel for schedule(dynamic, 1) reduction(+:right)
     for (size_t i = 0; i < problems; i++) {
+        if (interrupted) continue;
+        if (thread_id() == 0) show_part("problems", i, problems, start);
         Problem p = problem_new(run, i);
         if (p.n) right += solves(run, &p);
         problem_free(&p);

@@ -17,6 +17,7 @@ typedef struct {
     const char *logits, *trace;         // NULL: not wanted
     bool completion_only_loss;          // of the documents of --file, in eval
     const char *completion_marker;
+    bool allow_bytes;                   // eval: --file need not be text
     size_t threads;
     bool help, version;
 } Settings;
@@ -58,6 +59,8 @@ static const Key setting_keys[] = {
         .help = "eval: what stands before the completion of a document does not count"),
     ROW(completion_marker, .init = "answer:",
         .help = "eval: what the completion of a document begins with"),
+    ROW(allow_bytes, .flag = true, .init = "false",
+        .help = "eval: take a file that is not UTF-8 text as it is"),
     ROW(threads, RANGE(0, MOST_THREADS), .init = "0",
         .help = "threads; 0: OMP_NUM_THREADS, or one per processor"),
     ROW(help, .letter = 'h', .flag = true, .init = "false",
@@ -102,9 +105,6 @@ static void print_help(const Options *options) {
     fputs(NOTES, stdout);
 }
 
-// Whether the user gave two files with one name.
-static bool same(const char *a, const char *b) { return a && b && !strcmp(a, b); }
-
 // Ends the program on what no single option can know about itself. model: the file, or NULL.
 static void check_settings(const Settings *set, const char *model) {
     const int mode = set->mode;
@@ -120,7 +120,8 @@ static void check_settings(const Settings *set, const char *model) {
     if (set->ids && mode == CHAT) fail(WRONG_USAGE, "--ids: not with --mode chat, which is text");
     if (set->trace && mode != EVAL && mode != GENERATE)
         fail(WRONG_USAGE, "--trace: needs --mode generate or eval");
-    if (same(set->logits, set->trace) || same(set->logits, model) || same(set->trace, model))
-        fail(WRONG_USAGE, "--logits, --trace: must be files of their own");
+    const FileUse files[] = { { "--logits", set->logits, true }, { "--trace", set->trace, true },
+                              { "--file", set->file, false }, { "the model", model, false } };
+    check_files(files, sizeof files / sizeof *files);
 }
 #endif // SETTINGS_H

@@ -169,11 +169,17 @@ static void open_data(Run *run, bool strict) {
              "eos_token_id: give token files with --data");
     data->bos = m->config.add_bos_token ? (int)m->config.bos_token_id : -1;
     if (data->built_in) data->val = task_validation(data);
-    else data->train = read_stream(m, run->job.data, marker_of(&run->recipe), true);
-    if (*run->job.val) data->val = read_stream(m, run->job.val, marker_of(&run->recipe), strict);
+    else data->train = read_stream(m, run->job.data, marker_of(&run->recipe), true,
+                                   run->job.allow_bytes);
+    if (*run->job.val) data->val = read_stream(m, run->job.val, marker_of(&run->recipe), strict,
+                                                  run->job.allow_bytes);
     else if (!data->built_in)
         data->val = split_stream(&data->train, data->eos, run->recipe.sequential);
     data->val_document = find_documents(&data->val, data->eos, &data->val_documents);
+    data->val_targets = count_val_targets(data);
+    if (*run->job.val && !data->val_targets)
+        fail(FAILED, "%s: has %zu tokens, and none of them to predict: validation needs one that "
+             "follows another and has a loss", run->job.val, data->val.n);
     if (data->built_in) return;
     data->train_document = find_documents(&data->train, data->eos, &data->train_documents);
     const size_t samples = train_samples(data);
@@ -271,6 +277,32 @@ static void show_documents(const Run *run, const Stream *s, size_t n, bool held_
 
 // ---- memory -------------------------------------------------------------------------------------
 
+#ifdef _SC_PHYS_PAGES
+// How much memory this process may have: the machine's, or what a container or a batch system
+// allows it, which Linux would kill it for exceeding.
+static double memory_allowed(void) {
+    double least = (double)sysconf(_SC_PHYS_PAGES) * (double)sysconf(_SC_PAGESIZE), limit;
+    char line[4096], path[8192];
+    FILE *groups = fopen("/proc/self/cgroup", "r");
+    while (groups && fgets(line, sizeof line, groups)) {    // "0::/a/b", or "4:memory:/a/b"
+        char *group = strrchr(line, ':');
+        const bool new = !strncmp(line, "0::", 3);
+        if (!group || (!new && !strstr(line, ":memory:"))) continue;
+        *group++ = 0;
+        for (size_t n = strcspn(group, "\n") + 1; n-- > 0; ) {     // of /a/b, /a and /
+            if (n && group[n] != '/' && group[n] != '\n' && group[n]) continue;
+            snprintf(path, sizeof path, "/sys/fs/cgroup%s%.*s/memory.%s", new ? "" : "/memory",
+                     (int)n, group, new ? "max" : "limit_in_bytes");
+            FILE *file = fopen(path, "r");
+            if (file && fscanf(file, "%lf", &limit) == 1) least = fmin(least, limit);
+            if (file) fclose(file);
+        }
+    }
+    if (groups) fclose(groups);
+    return least;
+}
+#endif
+
 // Prints what training will take, by kind, with `rows` tokens at once. Fails if the machine has
 // less: it would go on, but on its disk.
 static void check_memory(const Run *run, size_t rows) {
@@ -286,16 +318,29 @@ static void check_memory(const Run *run, size_t rows) {
     fprintf(stderr, "memory: weights %.1f MB, gradients %.1f MB, moments %.1f MB, "
             "activations %.1f MB\n", numbers, numbers, 2 * numbers, activations);
 #ifdef _SC_PHYS_PAGES
-    const double there = 1e-6 * (double)sysconf(_SC_PHYS_PAGES) * (double)sysconf(_SC_PAGESIZE);
+    const double there = 1e-6 * memory_allowed();
     if (4 * numbers + activations > there)
-        fail(FAILED, "training takes %.1f MB of memory, this machine has %.1f MB: a smaller model, "
-             "--micro_batch_size or --max_length takes less", 4 * numbers + activations, there);
+        fail(FAILED, "training takes %.1f MB of memory, this machine has %.1f MB for it: a smaller "
+             "model, --micro_batch_size or --max_length takes less", 4 * numbers + activations,
+             there);
 #endif
 }
 
+// Goes to the place in the built-in task that belongs to run->step: to where the checkpoint says it
+// is or, for one from before, problem after problem.
+static void skip_problems(Run *run, const Progress *resumed) {
+    Data *data = &run->data;
+    const uint64_t samples = (uint64_t)run->step * run->recipe.batch_size;
+    if (!run->recipe.packing) data->problem = samples;
+    else if (run->step && resumed->problem >= 0)
+        go_to_problem(data, (uint64_t)resumed->problem, resumed->pending);
+    else for (uint64_t i = 0; i < samples; i++)
+        next_made_sample(run->inputs, run->targets, data);
+}
+
 // Memory for everything that training needs, the weights of a new model among it, and the place in
-// the data that belongs to run->step.
-static void make_room(Run *run) {
+// the data that belongs to run->step, which a resumed run knows from its checkpoint.
+static void make_room(Run *run, const Progress *resumed) {
     Model *m = &run->model;
     const Recipe *r = &run->recipe;
     const size_t B = r->batch_size, n = r->max_length, size = m->w.size;
@@ -317,13 +362,32 @@ static void make_room(Run *run) {
     run->n_chosen = checked_mul(m->config.num_hidden_layers,
                                 checked_mul(m->config.inner_iter, m->config.n_routed_experts));
     run->chosen = allocate(checked_mul(run->n_chosen, sizeof(int)), "the choices of experts");
-    if (!run->data.built_in) return;
-    if (!r->packing) run->data.problem = (uint64_t)run->step * B;
-    else for (size_t i = 0; i < (size_t)run->step * B; i++)
-        next_made_sample(run->inputs, run->targets, &run->data);
+    if (run->data.built_in) skip_problems(run, resumed);
+}
+
+// Makes sure of the files that this run will write. A finished one writes no checkpoint.
+static void claim_outputs(const Run *run) {
+    const double number = (double)run->model.w.size * sizeof(float);
+    if (run->step < run->recipe.max_steps) try_output(run->job.output, 3 * number);
+    try_output(run->job.best, number);
+    try_output(run->job.log, 0);
 }
 
 // ---- the command line ---------------------------------------------------------------------------
+
+// Ends the program where a file that the run writes is also another one's. Only --resume's is meant
+// to be replaced.
+static void check_run_files(const Job *j) {
+    const bool again = *j->resume && same_file(j->resume, j->output);
+    const bool own = again && *j->tokenizer && same_file(j->tokenizer, j->resume);
+    const FileUse files[] = {
+        { "--output", j->output, true }, { "--best", j->best, true }, { "--log", j->log, true },
+        { "--resume", again ? "" : j->resume, false }, { "--init", j->init, false },
+        { "--data", j->data, false }, { "--val", j->val, false },
+        { "--tokenizer", own ? "" : j->tokenizer, false },
+    };
+    check_files(files, sizeof files / sizeof *files);
+}
 
 // What --help prints.
 static void print_help(const Options tables[TABLES]) {
@@ -338,22 +402,23 @@ static void print_help(const Options tables[TABLES]) {
     print_options(&tables[CONFIG_TABLE]);
 }
 
-// Settles recipe, model and data, from the options and the files that they name.
-static void settle(Run *run, const Options tables[TABLES]) {
+// Settles recipe, model and data, from the options and the files that they name. *resumed: how far
+// the checkpoint is, with --resume.
+static void settle(Run *run, const Options tables[TABLES], Progress *resumed) {
     Job *job = &run->job;
-    Progress resumed;
     set_threads(job->threads);
     if (*job->resume && !is_given(&tables[JOB_TABLE], "output")) job->output = job->resume;
     if (*job->init && *job->resume)
         fail(WRONG_USAGE, "--init and --resume: only one of them can be given");
+    check_run_files(job);
     if (!*run->recipe.completion_marker)
         fail(WRONG_USAGE, "--completion_marker is \"\", must be a text of one byte or more");
     if (*job->data) apply_preset(tables, text_recipe);
     apply_preset(tables, *job->init ? paper_recipe : presets[job->model]);
     if (job->model == PAPER && !*job->init) apply_preset(tables, paper_recipe);
     if (*job->resume) {
-        resume(run, tables, &resumed);
-        check_resumed_kind(run, &resumed);
+        resume(run, tables, resumed);
+        check_resumed_kind(run, resumed);
     } else if (*job->init) {
         init_from(run, &tables[CONFIG_TABLE]);
     } else {
@@ -369,14 +434,14 @@ static void settle(Run *run, const Options tables[TABLES]) {
     if (!run->data.built_in && job->eval_problems && !has_answers(run))
         fail(FAILED, "%s: no held-out document ends in a line \"#### n\", which --eval_problems "
              "needs", *job->val ? job->val : job->data);
-    if (*job->resume) check_resumed_data(run, &resumed);
+    if (*job->resume) check_resumed_data(run, resumed);
     describe_data(run);
     if (run->data.built_in && !*run->model.config.default_prompt)
         run->model.config.default_prompt = first_question(run);
 }
 
 // Does what the command line says up to where training can begin. False where all is done already.
-static bool prepare(Run *run, int argc, char **argv) {
+static bool prepare(Run *run, Progress *resumed, int argc, char **argv) {
     unsigned char given[TABLES][CONFIG_KEYS] = { { 0 } };
     const Options tables[TABLES] = {
         [CONFIG_TABLE] = { config_keys, CONFIG_KEYS, &run->model.config, given[CONFIG_TABLE] },
@@ -385,10 +450,10 @@ static bool prepare(Run *run, int argc, char **argv) {
     };
     const Job *job = &run->job;
     for (int i = 0; i < TABLES; i++) keys_init(tables[i].keys, tables[i].n, tables[i].base);
-    parse_options(tables, TABLES, argc, argv, 1);
+    parse_options(tables, TABLES, argc, argv, 1, "data");
     if (job->version) puts("train (coe.c) " COE_VERSION);
     else if (job->help) print_help(tables);
-    else settle(run, tables);
+    else settle(run, tables, resumed);
     if (!job->version && !job->help && !job->show_data && !job->show_val) return true;
     if (job->show_data) show_documents(run, &run->data.train, job->show_data, false);
     if (job->show_val) show_documents(run, &run->data.val, job->show_val, true);

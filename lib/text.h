@@ -2,27 +2,6 @@
 #ifndef TEXT_H
 #define TEXT_H
 
-// All bytes of a file, *n of them. It may be a pipe, so nobody asks for its size.
-static char *read_file(const char *path, size_t *n) {
-    const size_t most = (size_t)1 << 30;
-    char *bytes = NULL;
-    FILE *file = fopen(path, "rb");
-    if (!file) fail(FAILED, "%s: cannot be opened: %s", path, strerror(errno));
-    *n = 0;
-    for (size_t room = 0, got = 1; got; *n += got) {
-        if (*n == room) {
-            if (room == most) fail(FAILED, "%s: is longer than %zu bytes", path, most);
-            room = room ? 2 * room : 1 << 16;
-            bytes = realloc(bytes, room);
-            if (!bytes) fail(FAILED, "out of memory: %.1f MB for %s", (double)room / 1e6, path);
-        }
-        got = fread(bytes + *n, 1, room - *n, file);
-    }
-    if (ferror(file)) fail(FAILED, "%s: cannot be read: %s", path, strerror(errno));
-    fclose(file);
-    return bytes;
-}
-
 // Reads decimal ids below `limit` with white space between them; ids has room for n. Returns how
 // many there are. `where` and `code` are for errors.
 static size_t parse_ids(int *ids, const char *text, size_t n, int64_t limit,

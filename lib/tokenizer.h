@@ -278,20 +278,47 @@ static int next_in_class(const Tokenizer *t, uint32_t class, const char *text, s
     return in_class(t, class, code);
 }
 
+// What is known about an item in the piece that ends at `end`: it takes any characters from `run`
+// up to `run_end`; and the alternative cannot match with the item at any of `low` to `high`. So
+// no character is looked at twice for an item that takes any number, and where items overlap, as in
+// a*a*a*b, each is tried once at each character and not once for each way to get there.
+typedef struct { const char *end; size_t run, run_end, low, high; } Memo;
+
+// Forgets what is known about an item if that was in another piece.
+static Memo *memo_of(Memo *m, const char *end) {
+    if (m->end != end) *m = (Memo){ .end = end, .low = 1 };
+    return m;
+}
+
+// Notes that the alternative does not match with an item at text[at] of a piece.
+static void note_failure(Memo *m, const char *text, size_t at, size_t end) {
+    uint32_t code;
+    const bool known = m->low <= m->high;
+    if (known && at >= m->low && at <= m->high) return;
+    if (!known || at >= end || at + next_char(text + at, end - at, &code) != m->low) m->high = at;
+    m->low = at;
+}
+
 // Whether an item matches at text[at] in a piece that ends at `end`. What it takes ends at *to, the
 // least that it may take at *low.
-static int take_item(const Tokenizer *t, const Item *item, const char *text, size_t at, size_t end,
-                     size_t *low, size_t *to) {
+static bool take_item(const Tokenizer *t, const Item *item, Memo *m, const char *text, size_t at,
+                      size_t end, size_t *low, size_t *to) {
+    const bool any = item->most == NO_LIMIT;
     size_t length, n = 0;
     *low = *to = at;
     if (item->kind == AT_END) return at == end || text[at] == '\n';
     if (item->kind == NOT_BEFORE)
         return at == end || !next_in_class(t, item->class, text + at, end - at, &length);
-    for (; *to < end && (n < item->most || item->most == NO_LIMIT); n++) {
+    for (; *to < end && (any || n < item->most); n++) {
+        if (any && n >= item->least && *to >= m->run && *to < m->run_end) {
+            *to = m->run_end;
+            break;
+        }
         if (!next_in_class(t, item->class, text + *to, end - *to, &length)) break;
         *to += length;
         if (n + 1 == item->least) *low = *to;
     }
+    if (any && (*to != m->run_end || at < m->run)) m->run = at, m->run_end = *to;
     return n >= item->least;
 }
 
@@ -299,27 +326,26 @@ static const size_t NOWHERE = SIZE_MAX;
 
 // Where the match of an alternative at text[at] ends, or NOWHERE. Every item takes as many
 // characters as it can, and gives them back one by one while those after it do not match.
-// *hopeless, 0 at first: the alternative does not match before that. If it starts with any number
-// of characters, it tries to go on after each of them; where that fails, it need not start at any
-// of them again. This keeps the work linear in a long run of white space.
-static size_t match(const Tokenizer *t, uint32_t alternative, const char *text, size_t at,
-                    size_t end, size_t *hopeless) {
+// memo [n_items]; *work counts what was looked at.
+static size_t match(const Tokenizer *t, uint32_t alternative, Memo *memo, const char *text,
+                    size_t at, size_t end, size_t *work) {
     const Item *item = t->items + t->alternatives[alternative];
     const size_t n = t->alternatives[alternative + 1] - t->alternatives[alternative];
-    size_t low[MOST_ITEMS], to[MOST_ITEMS], reach = 0;
-    if (at < *hopeless) return NOWHERE;
+    size_t from[MOST_ITEMS], low[MOST_ITEMS], to[MOST_ITEMS];
+    memo += t->alternatives[alternative];
     for (size_t i = 0; i < n; at = to[i++]) {
-        int ok = take_item(t, &item[i], text, at, end, &low[i], &to[i]);
-        if (i == 0 && item->most == NO_LIMIT) reach = to[0];
+        Memo *m = memo_of(&memo[i], text + end);
+        from[i] = at;
+        bool ok = (at < m->low || at > m->high) &&
+                  take_item(t, &item[i], m, text, at, end, &low[i], &to[i]);
+        *work += item[i].most == NO_LIMIT || !ok ? 1 : 1 + to[i] - at;
         while (!ok && i > 0) {          // back to the last item that can give a character back
-            i--;
-            ok = to[i] > low[i];
-            if (ok) to[i] = previous_char(text, low[i], to[i]);
+            note_failure(&memo[i], text, from[i], end);
+            const size_t failing = memo[i--].low;           // from there up to to[i]
+            ok = failing > low[i];
+            if (ok) to[i] = previous_char(text, low[i], failing);
         }
-        if (!ok) {
-            *hopeless = reach;
-            return NOWHERE;
-        }
+        if (!ok) return NOWHERE;
     }
     return at;
 }
@@ -333,7 +359,8 @@ typedef struct {
     size_t *starts;             // where in the text each id starts, or NULL
     size_t count;
     char *cut;                  // [n + 1]  whether a piece starts at this byte
-    size_t *hopeless;           // [n_alternatives]  for match()
+    Memo *memo;                 // [n_items]  for match()
+    size_t work, most_work;     // what match() looked at, and how much that may be
     struct Symbol *symbol;      // [room]   for merge_piece()
     struct Pair *heap;          // [2 room]
     size_t room;
@@ -356,7 +383,9 @@ static void cut_pieces(Encoder *e, uint32_t stage, const char *text, size_t n) {
             uint32_t a = t->stages[stage], code;
             size_t to = NOWHERE;
             for (; a < t->stages[stage + 1] && to == NOWHERE; a++)
-                to = match(t, a, text, at, end, &e->hopeless[a]);
+                to = match(t, a, e->memo, text, at, end, &e->work);
+            if (e->work > e->most_work)
+                fail(FAILED, "the tokenizer's patterns take too long on this text of %zu bytes", n);
             if (to != NOWHERE) e->cut[at] = e->cut[to] = 1;
             if (to != NOWHERE && to > at) at = to;
             else at += next_char(text + at, end - at, &code);
@@ -454,7 +483,6 @@ static void encode_piece(Encoder *e, const char *text, size_t n) {
 static void encode_text(Encoder *e, const char *text, size_t n) {
     memset(e->cut, 0, n);
     e->cut[n] = 1;
-    for (uint32_t i = 0; i < e->t->n_alternatives; i++) e->hopeless[i] = 0;
     for (uint32_t i = 0; i < e->t->n_stages; i++) cut_pieces(e, i, text, n);
     for (size_t at = 0, end; at < n; at = end) {
         end = (size_t)((char *)memchr(e->cut + at + 1, 1, n - at) - e->cut);
@@ -573,11 +601,12 @@ static size_t encode(const Tokenizer *t, int *ids, size_t *starts, const char *t
                      int special) {
     Encoder e = { .t = t, .ids = ids, .starts = starts, .begin = text, .special = special };
     e.cut = allocate(checked_add(n, 1), "the tokenizer");
-    e.hopeless = allocate(checked_mul(t->n_alternatives, sizeof *e.hopeless), "the tokenizer");
+    e.memo = allocate(checked_mul(t->n_items, sizeof *e.memo), "the tokenizer");
+    e.most_work = checked_mul(4000, checked_add(n, 1000));
     if (t->flags & NFC) warn_of_nfc(t, text, n);
     encode_added(&e, text, n, 0);
     release(e.cut);
-    release(e.hopeless);
+    release(e.memo);
     release(e.symbol);
     release(e.heap);
     return e.count;

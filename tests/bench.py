@@ -265,7 +265,7 @@ class Bench:
         command = [self.options.train, "--init", self.path(model), "--profile",
                    "-b", s.B, "-l", s.n, "-x", warm + steps, "--threads", threads,
                    "-d", self.tokens("tokens", 8 * s.B * s.n + 1, s.V),
-                   "--val", self.tokens("none", 1, s.V), "--max_grad_norm", 0,
+                   "--val", self.tokens("two", 2, s.V), "--max_grad_norm", 0,
                    "--eval_steps", 0, "--save_steps", 0,
                    "-o", self.file("trained"), "--log", self.file("log.tsv")]
         adamw, line = None, "no message"

@@ -12,11 +12,11 @@ int main(int argc, char **argv) {
         fail(WRONG_USAGE, "usage: dump_grads MODEL.bin TOKENS B n OUT [TARGETS [COUNTS]]");
     const size_t B = (size_t)atol(argv[3]), n = (size_t)atol(argv[4]);
     Model m = model_open(argv[1], READ_CHECKED, NULL, NULL);
-    Stream s = read_stream(&m, argv[2], NULL, true);
+    Stream s = read_stream(&m, argv[2], NULL, true, false);
     Stream targets = { .tokens = s.tokens + 1, .n = s.n - 1 };
-    if (argc > 6) targets = read_stream(&m, argv[6], NULL, true);
+    if (argc > 6) targets = read_stream(&m, argv[6], NULL, true, false);
     Stream counts = targets;
-    if (argc > 7) counts = read_stream(&m, argv[7], NULL, true);
+    if (argc > 7) counts = read_stream(&m, argv[7], NULL, true, false);
     if (s.n < B * n || targets.n < B * n || counts.n < B * n)
         fail(FAILED, "%s: holds %zu tokens, too few for %zu x %zu", argv[2], s.n, B, n);
     for (size_t i = 0; argc > 7 && i < B * n; i++)

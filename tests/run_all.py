@@ -1,7 +1,9 @@
 #!/usr/bin/env python3
 """Builds and runs all tests: what `make test` does after ./run and ./train are built.
 
-    python3 tests/run_all.py [-v]       -v prints what the tests have to say when they pass, too
+    python3 tests/run_all.py [-v]               -v prints what tests say when they pass, too
+    python3 tests/run_all.py --fault N          the tests of one fault alone, by tests/faults.py
+    python3 tests/run_all.py --fault N --list   prints them, a line "tests/FILE: test name" each
 
 The last line is "N passed, N failed, N skipped". Python's standard library and a C compiler are
 enough; what more is there is used: pip, to set up numpy and safetensors for the tests of export.py
@@ -228,8 +230,33 @@ def python_groups():
             "--configs", str((CONFIGS + half - 1) // 2), "--seed", str(half)]
 
 
+def run_fault(number, only_list):
+    """Runs the tests of a fault, or lists them. Returns the exit code."""
+    sys.path.insert(0, "tests")
+    from faults import FAULTS
+    tests = FAULTS.get(number, [])
+    for file, names in tests:
+        for name in names.split():
+            print(f"tests/{file}: {name}")
+    if not tests:
+        print(f"there is no test of fault {number}", file=sys.stderr)
+    if only_list or not tests:
+        return not tests
+    python = python_with(*EXPORT) or sys.executable
+    programs = {"test_run.py": ["./run"], "test_tokenizer.py": ["./run"], "test_export.py": [],
+                "test_files.py": ["./train", "./run"]}
+    for file, names in tests:
+        os.environ["ONLY"] = names
+        run_tests((file, [python, f"tests/{file}", *programs.get(file, ["./train"])]))
+    print("{passed} passed, {failed} failed, {skipped} skipped".format(**total))
+    return total["failed"] > 0
+
+
 def main():
     os.makedirs("build", exist_ok=True)
+    if "--fault" in sys.argv[1:-1]:
+        number = sys.argv[sys.argv.index("--fault") + 1]
+        return run_fault(int(number) if number.isdecimal() else number, "--list" in sys.argv)
     start = time.monotonic()
     with ThreadPoolExecutor(2) as pool:
         built = build_all(pool)
@@ -242,7 +269,7 @@ def main():
             report("sanitizers", 0, 0, 2, text=f"not with this compiler: {SANITIZE}")
         for name, *args in (("test_train", "./train", "build/train-serial"), ("test_run", "./run"),
                             ("test_golden", "./train", "build/dump_grads"),
-                            ("test_task", "./train"),
+                            ("test_files", "./train", "./run"), ("test_task", "./train"),
                             ("test_bench", "./train", "./run", "build/bench")):
             groups.append((name + ".py", [sys.executable, f"tests/{name}.py", *args]))
         groups.append(("test_docs.py", [python_with(*EXPORT) or sys.executable,

@@ -731,8 +731,7 @@ def test_bin_to_bin(tmp):
     read_model_bin(f"{tmp}/trained.bin")
     for args, target in (([f"{tmp}/trained.bin", f"{tmp}/1.bin"], "b.bin"),
                          ([f"{tmp}/trained.bin", f"{tmp}/2.bin", "--dtype", "bf16"], "b16.bin"),
-                         ([f"{tmp}/b16.bin", f"{tmp}/3.bin"], "b16.bin"),
-                         ([f"{tmp}/trained.bin", f"{tmp}/trained.bin"], "b.bin")):
+                         ([f"{tmp}/b16.bin", f"{tmp}/3.bin"], "b16.bin")):
         good(*args)
         check(read(args[1]) == read(f"{tmp}/{target}"), f"{args}")
     good(f"{tmp}/b16.bin", f"{tmp}/4.bin", "--dtype", "f32")
@@ -744,6 +743,30 @@ def test_bin_to_bin(tmp):
     good(f"{tmp}/b.bin", f"{tmp}/link.bin")
     check(os.path.islink(f"{tmp}/link.bin"), "a link stays one")
     check(read(f"{tmp}/4.bin") == read(f"{tmp}/b.bin"), "and is written through")
+
+
+def test_stale(tmp):
+    """Into a folder that holds another checkpoint: nothing of that is left, foreign files stay."""
+    good(f"{GOLDEN}/moe", f"{tmp}/m.bin")
+    good(f"{tmp}/m.bin", f"{tmp}/fresh")
+    stale = ["model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors",
+             "model.safetensors.index.json", "pytorch_model.bin", "tokenizer.json", "merges.txt",
+             "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json",
+             "tokenizer.model", "chat_template.jinja", "generation_config.json"]
+    foreign = ["README.md", "modeling_coe.py", "configuration_coe.py", "eval.json", "my_model.bin",
+               "notes.txt"]
+    os.mkdir(f"{tmp}/old")
+    for name in (*stale, *foreign, "config.json", "model.safetensors"):
+        write(f"{tmp}/old/{name}", b"old")
+    code, err = run(f"{tmp}/m.bin", f"{tmp}/old")
+    check(code == 0 and all(name in err for name in stale), err)
+    check(sorted(os.listdir(f"{tmp}/old")) == sorted([*foreign, *os.listdir(f"{tmp}/fresh")]),
+          os.listdir(f"{tmp}/old"))
+    for name in os.listdir(f"{tmp}/fresh"):
+        check(read(f"{tmp}/old/{name}") == read(f"{tmp}/fresh/{name}"), f"{name} is the new one")
+    check(all(read(f"{tmp}/old/{name}") == b"old" for name in foreign), "foreign files")
+    good(f"{tmp}/old", f"{tmp}/back.bin")
+    check(read(f"{tmp}/back.bin") == read(f"{tmp}/m.bin"), "it comes back")
 
 
 def test_upcycle(tmp):
@@ -1203,6 +1226,19 @@ def test_slot_faults(tmp):
 
 
 def test_command_line(tmp):
+    good(f"{GOLDEN}/moe", f"{tmp}/same.bin")
+    os.symlink("same.bin", f"{tmp}/same-link.bin")
+    before = read(f"{tmp}/same.bin")
+    for args in ([f"{tmp}/same.bin", f"{tmp}/same.bin"], [f"{tmp}/same-link.bin", f"{tmp}/same.bin"],
+                 [f"{tmp}/same.bin", f"{tmp}/same-link.bin"], [f"{tmp}/same.bin", f"{tmp}/./same.bin"]):
+        bad([*args, "--dtype", "q8"], "file of its own", code=2)
+    check(read(f"{tmp}/same.bin") == before, "an output that is the input is refused")
+    os.mkdir(f"{tmp}/.export-1")                        # what a killed run has left
+    write(f"{tmp}/.export-1/lock", b"")
+    os.chmod(f"{tmp}/same.bin", 0o640)
+    good(f"{GOLDEN}/moe", f"{tmp}/same.bin")
+    check(not os.path.exists(f"{tmp}/.export-1"), "leftovers are removed")
+    check(os.stat(f"{tmp}/same.bin").st_mode & 0o777 == 0o640, "a file's mode stays")
     good(f"{GOLDEN}/coe", f"{tmp}/m.bin")
     m, c = f"{tmp}/m.bin", f"{GOLDEN}/coe/config.json"
     a, folder = f"{tmp}/a.bin", f"{tmp}/a"
@@ -1250,7 +1286,9 @@ def test_command_line(tmp):
 
 
 def main():
-    tests = [value for name, value in globals().items() if name.startswith("test_")]
+    only = os.environ.get("ONLY", "").split()           # names of tests; otherwise all
+    tests = [value for name, value in globals().items() if name.startswith("test_")
+             and (not only or name in only)]
     for test in tests:
         start = time.monotonic()
         tmp = tempfile.mkdtemp(prefix="test_export-")

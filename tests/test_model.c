@@ -393,7 +393,7 @@ static Run one_step(const Model *m, const int *tokens, size_t B, size_t n, size_
     memcpy(run.model.weights, m->weights, m->w.size * sizeof(real));
     run.model.w = weights_layout(&m->config, m->upcycled, F32);
     weights_bind(&run.model.w, run.model.weights);
-    make_room(&run);
+    make_room(&run, NULL);
     run.data =
         (Data){ .recipe = &run.recipe, .train = { .tokens = (int *)tokens, .n = B * n + 1 } };
     *loss = batch_gradient(&run);

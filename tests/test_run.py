@@ -12,11 +12,13 @@ import math
 import os
 import random
 import re
+import resource
 import signal
 import struct
 import subprocess
 import sys
 import tempfile
+import time
 from array import array
 from concurrent.futures import ThreadPoolExecutor
 
@@ -388,6 +390,96 @@ def test_types(folder):
     check("info shows the types", "dtype q8" in r.out and {*types} == {"f32", "q8"}, r)
 
 
+def write_with(path, name, numbers, dtype="f32", **config):
+    """A tiny model in which the tensors whose names have `name` in them hold numbers(size)."""
+    rng = random.Random(1)
+
+    def weight(tensor, size):
+        if name in tensor:
+            return numbers(size)
+        return [1.0] * size if "norm" in tensor else [rng.gauss(0, 0.5) for _ in range(size)]
+    write_model(path, TINY | config, weight, 1, dtype=dtype)
+    return path
+
+
+def read_trace(path):
+    """{(position, layer, iteration): [(expert, weight), ...]}"""
+    calls = {}
+    with open(path) as f:
+        for line in list(f)[1:]:
+            position, _, layer, iteration, _, expert, w = line.split("\t")
+            calls.setdefault((position, layer, iteration), []).append((int(expert), float(w)))
+    return calls
+
+
+def test_numbers(folder):
+    """Weights that are no numbers in any type; routers with ties and underflow; tiny numbers."""
+    here = lambda name: os.path.join(folder, name)
+    matrix, norm = "layers.1.mlp.experts.2.up_proj.weight", "layers.1.post_attention_layernorm"
+    for dtype in ("f32", "bf16"):
+        for x in (math.nan, math.inf, -math.inf):
+            model = write_with(here("bad.bin"), matrix, lambda n: [x] * n, dtype)
+            for args in (("-i", "x" * 40, "-n", 2), ("-m", "eval", "-i", "x" * 40)):
+                r = run(model, *args)
+                check(f"{x} in {dtype} is named, {args[0]}", r.code == 1 and matrix in r.err, r)
+    model = modelbin.read(write_with(here("q8.bin"), "nothing", None, "q8"))
+    weights = bytearray(model.weights)
+    for x in (math.nan, math.inf):                      # the last scale of lm_head
+        at = len(weights) - 64 * 258 % 64 - 64
+        struct.pack_into("<16f", weights, at, *[x] * 16)
+        modelbin.write(here("bad.bin"), model._replace(weights=bytes(weights)))
+        r = run(here("bad.bin"), "-i", "x", "-n", 2)
+        check(f"{x} as a scale of q8 is named", r.code == 1 and "lm_head.weight" in r.err, r)
+    r = run(write_with(here("bad.bin"), norm, lambda n: [math.nan] * n), "-i", "x", "-n", 2)
+    check("NaN in a norm is named", r.code == 1 and norm in r.err, r)
+
+    for E, K in ((4, 2), (7, 3)):
+        sizes = {"n_routed_experts": E, "num_experts_per_tok": K}
+        run(write_with(here("tie.bin"), "mlp.gate.", lambda n: [0.0] * n, **sizes), "-m", "eval",
+            "-i", "abc", "--trace", here("routing"))
+        calls = read_trace(here("routing"))
+        check("equal logits: the lowest experts, of equal weight", len(calls) == 16 and all(
+            call == [(e, call[0][1]) for e in range(K)] for call in calls.values()), calls)
+        rng = random.Random(2)
+        run(write_with(here("under.bin"), "mlp.gate.", lambda n: [rng.gauss(0, 1e6)
+                                                                  for _ in range(n)], **sizes),
+            "-m", "eval", "-i", "abc", "--trace", here("routing"))
+        calls = read_trace(here("routing"))
+        check("the others underflow to 0: the lowest of them", len(calls) == 16 and all(
+            call[0][1] == 1 and max(w for _, w in call[1:]) < 1e-37 and [e for e, _ in call[1:]] ==
+            [e for e in range(E) if e != call[0][0]][:K - 1] for call in calls.values()), calls)
+    seconds = []
+    for scale in (0.5, 1e-39):
+        rng = random.Random(3)
+        model = write_with(here("tiny_numbers.bin"), "proj", lambda n: [rng.gauss(0, scale)
+                                                                       for _ in range(n)],
+                           hidden_size=128, moe_intermediate_size=64, max_position_embeddings=2048)
+        start = time.monotonic()
+        r = run(model, "-m", "eval", "-i", "x" * 2000)
+        seconds.append(time.monotonic() - start)
+        check("denormal numbers", r.code == 0 and float(r.values()["nll"]) > 0, r)
+    check("denormal numbers are not much slower", seconds[1] < 10 * seconds[0] + 1, seconds)
+
+
+def test_memory(folder):
+    """A limit on memory, wherever it strikes, ends in a line; a large context costs nothing."""
+    here = lambda name: os.path.join(folder, name)
+    model = write_tiny(here("m.bin"), max_position_embeddings=163840, chat_template="deepseek_v2")
+    r = run(model, "-n", 3)
+    check("a context of 163840 takes what is needed", r.code == 0, r)
+    if "san" in subprocess.run(["ldd", RUN], capture_output=True, text=True).stdout:
+        return                                          # the sanitizers take terabytes
+    ended = {0: 0, 1: 0}
+    for megabytes in (*range(2, 40, 2), 60, 100, 400):
+        limit = lambda: resource.setrlimit(resource.RLIMIT_AS, (megabytes << 20, megabytes << 20))
+        r = run(model, "-m", "chat", "-c", 163840, "--threads", 1, preexec_fn=limit)
+        if "shared libraries" not in r.err:             # with less it is not even loaded
+            ended[r.code] = ended.get(r.code, 0) + 1
+            check(f"{megabytes} MB", r.code == 0 or r.code == 1 and
+                  ("memory" in r.err or "mapped" in r.err) and re.search(r"\d", r.errors[-1]), r)
+    check("some are too few, some enough", ended[0] and ended[1] and len(ended) == 2, ended)
+
+
 # ---- eval -------------------------------------------------------------------------------------
 
 def test_eval(folder):
@@ -399,7 +491,7 @@ def test_eval(folder):
     ids = [256, *(257 if b == 1 else b for b in text.replace(b"<|endoftext|>", b"\1"))]
     r = run(model, "-m", "tokenize", "-f", file)
     check("tokenize a file", r.code == 0 and r.ids() == ids[1:], r)
-    r = run(model, "-m", "eval", "-f", file, "--logits", logits_file)
+    r = run(model, "-m", "eval", "-f", file, "--allow_bytes", "--logits", logits_file)
     logits, V = read_floats(logits_file), TINY["vocab_size"]
     ids = [256, *text, 257]     # a marker within a line is text to eval, and the document ends
     check("eval: logits of a text, its BOS and its EOS", len(logits) == len(ids) * V, len(logits))
@@ -547,6 +639,66 @@ def test_bpe(folder):
                        bos_token_id=261, eos_token_id=262), "-m", "info")
     check("more tokens than vocab_size", ends_well(r, False) and here("few.bin") in r.err and
           "263" in r.err and "264" in r.err, r)
+
+
+def random_item(rng):
+    """An item of a pattern over the letters abc, and the same for Python's re."""
+    letters = "".join(rng.sample("abc", rng.randint(1, 3)))
+    ranges = [(ord(x), ord(x)) for x in sorted(letters)]
+    if rng.random() < 0.08:
+        return (2, [], 0, 0), r"(?=\n|\Z)"
+    if rng.random() < 0.12:
+        return (1, ranges, 0, 0), f"(?![{letters}])"
+    least, most = rng.choice([(1, 1), (0, 1), (0, NO_LIMIT), (1, NO_LIMIT), (2, NO_LIMIT), (1, 3),
+                              (0, 2), (2, 2)])
+    return (0, ranges, least, most), f"[{letters}]{{{least},{'' if most == NO_LIMIT else most}}}"
+
+
+def merged(piece, ranks):
+    """A piece as the ids that merging leaves: the lowest rank first, the leftmost of equals."""
+    parts = [bytes([x]) for x in piece.encode()]
+    while pairs := [(ranks[p], i) for i, p in enumerate(zip(parts, parts[1:])) if p in ranks]:
+        i = min(pairs)[1]
+        parts[i:i + 2] = [parts[i] + parts[i + 1]]
+    return parts
+
+
+def test_patterns(folder):
+    """Random patterns, which overlap much, cut texts as Python's re does; and none takes long."""
+    rng = random.Random(6)
+    path = os.path.join(folder, "patterns.bin")
+    merges = [(a.encode(), b.encode()) for a in "abc" for b in "abc"]
+    merges += [(a + b, c + d) for a, b in merges for c, d in merges[:4]]
+    ranks = {pair: rank for rank, pair in enumerate(merges)}
+    numbers = {bytes([i]): i for i in range(256)} | {a + b: 256 + r for (a, b), r in ranks.items()}
+    sizes = {"vocab_size": 256 + len(merges), "bos_token_id": -1, "eos_token_id": -1}
+
+    def tokens_of(stages, text):
+        model = write_tiny(path, 2, section=tokenizer_section(merges, [], stages), **sizes)
+        with open(os.path.join(folder, "text"), "w") as f:
+            f.write(text)
+        return run(model, "-m", "tokenize", "-f", os.path.join(folder, "text"), timeout=20)
+    for _ in range(150):
+        alternatives, regex = [], []
+        while len(alternatives) < 3:
+            items = [random_item(rng) for _ in range(rng.randint(1, 6))]
+            if any(item[2] for item, _ in items):
+                alternatives.append([item for item, _ in items])
+                regex.append("".join(part for _, part in items))
+        text = "".join(rng.choices("aabbc\n", [9, 3, 5, 3, 2, 1], k=200))
+        pieces = [x for x in re.split(f"({'|'.join(regex)})", text) if x]
+        wanted = [numbers[part] for piece in pieces for part in merged(piece, ranks)]
+        r = tokens_of([alternatives], text)
+        check(f"{'|'.join(regex)} cuts as re does", r.code == 0 and r.ids() == wanted, (text, r))
+    a, ab = (0, [(97, 97)], 0, NO_LIMIT), (0, [(97, 98)], 0, 1)
+    b = (0, [(98, 98)], 1, 1)
+    for what, items in (("x?a*b", [(0, [(99, 99)], 0, 1), a, b]), ("a*a*a*a*a*b", [a] * 5 + [b]),
+                        ("thirty times a*", [a] * 30 + [b]), ("thirty times [ab]?", [ab] * 30 + [b]),
+                        ("[ab]?a*, five times", [ab, a] * 5 + [b])):
+        start = time.monotonic()
+        r = tokens_of([[items]], "a" * 20000)
+        check(f"{what} does not take long", time.monotonic() - start < 3 and
+              (r.code == 0 or ends_well(r, False) and "too long" in r.err), r)
 
 
 # ---- chat -------------------------------------------------------------------------------------
@@ -918,13 +1070,15 @@ def test_not_models(folder):
 
 
 def main():
+    only = os.environ.get("ONLY", "").split()           # names of tests; otherwise all
+    tests = [test for name, test in globals().items() if name.startswith("test_")
+             and test is not test_golden and (not only or name in only)]
     with tempfile.TemporaryDirectory() as folder:
+        write_tiny(os.path.join(folder, "tiny.bin"))
         print("deviations from the reference: logits (of the largest), weights of experts")
-        for name in sorted(os.listdir(GOLDEN)):
+        for name in sorted(os.listdir(GOLDEN)):         # their models are used below
             print(f"  {name:24} {'%.1e %.1e' % test_golden(name, folder)}")
-        for test in (test_types, test_eval, test_text, test_stream, test_bpe, test_chat, test_usage,
-                     test_environment, test_damage, test_version_1, test_checksum,
-                     test_damaged_tokenizer, test_not_models):
+        for test in tests:
             test(folder)
     print(f"{passed} passed, {failed} failed")
     sys.exit(failed > 0)

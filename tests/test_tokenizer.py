@@ -199,6 +199,27 @@ def test_stored(tmp, run):
 
 # ---- what is refused, and what else the files say -----------------------------------------------
 
+def test_bombs(tmp, run):
+    """Patterns that would grow beyond all bounds when written out are refused, soon."""
+    for name, regex in (("groups", "(?:a|b)" * 40 + "c"), ("optional groups", "(?:ab)?" * 30 + "c"),
+                        ("classes", r"[\p{L}x]" * 5000), ("alternatives", "ab|" * 20000 + "c"),
+                        ("a group of alternatives", "(?:" + "a|" * 900 + "b)" + "(?i:k|s)" * 3),
+                        ("many counts", r"\p{L}{1,999999}" * 2000), ("a literal", "a" * 100000),
+                        ("nested", "(?:" * 2000 + "a" + ")" * 2000)):
+        start = time.monotonic()
+        try:
+            export.Regex(regex)
+            check(len(regex) < 9999, name)
+        except ValueError as e:
+            check(len(str(e)) < 200, f"{name}: {e}")
+        check(time.monotonic() - start < 3, f"{name} takes {time.monotonic() - start:.1f} s")
+    try:
+        export.literal("a" * 100000)
+        check(False, "a literal pattern")
+    except ValueError:
+        check(True, "a literal pattern")
+
+
 def test_refusals(tmp, run):
     """By name, in one line, before anything is written."""
     folder = checkpoint(f"{tmp}/r", {}, 300)
@@ -686,11 +707,12 @@ def main():
         return print("\n".join(textwrap.wrap(table, 100)))
     if len(args) != 1 and args[1:2] != ["--library"] or len(args) == 2:
         sys.exit(__doc__)
-    tests = [test_stored, test_refusals, test_settings]
+    tests = [test_stored, test_refusals, test_bombs, test_settings]
     if len(args) > 2:
         FILES, TEXTS = args[3:], corpus(args[2])
         tests += [test_unicode, test_nfc, test_regexes, test_families, test_files]
-    for test in tests:
+    only = os.environ.get("ONLY", "").split()
+    for test in [test for test in tests if not only or test.__name__ in only]:
         start = time.monotonic()
         tmp = tempfile.mkdtemp(prefix="test_tokenizer-")
         try:

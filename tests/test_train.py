@@ -796,6 +796,27 @@ def test_not_finite(folder):
     check("it is left alone, too", read(here("nan.bin")) == nan)
 
 
+def test_no_gradient(folder):
+    """A gradient of 0 everywhere is clipped to itself, and changes nothing but by decay."""
+    here = lambda name: os.path.join(folder, name)
+    run = [*SMALL, "--data", write(here("text"), "aaaa" * 300), "--completion_only_loss", "true",
+           "--completion_marker", "aaaa", "--aux_loss_alpha", 0, "--weight_decay", 0, "-x", 3]
+    tokens = write(here("tokens"), token_file([5] * 100))
+    model = [*SMALL, "-d", tokens, "--aux_loss_alpha", 0, "--weight_decay", 0, "--vocab_size", 258]
+    good("a start", *model, "-x", 0, "-o", here("a.bin"))
+    good("a start", *model, "-x", 1, "-o", here("a.bin"), "--log", here("l"))
+    started = modelbin.parse(read(here("a.bin")))
+    zero = started._replace(weights=bytes(len(started.weights)),
+                            moments=bytes(len(started.moments)))
+    modelbin.write(here("zero.bin"), zero)              # all logits are 0, and no weight matters
+    good("no gradient", "--resume", here("zero.bin"), "-d", tokens, "-x", 3, "--log", here("l"))
+    norms = [float(row["grad_norm"]) for row in read_log(here("l"))]
+    check("its norm is 0, and the loss finite", norms[0] > 0 and norms[1:] == [0, 0] and
+          all(0 < x < 9 for x in losses(here("l"))), (norms, losses(here("l"))))
+    check("nothing changes", not any(modelbin.parse(read(here("zero.bin"))).weights))
+    good("where every token counts", *run, "-o", here("b.bin"))
+
+
 def test_damaged_state(folder):
     """Numbers of the recipe in a checkpoint that no option would let through."""
     here = lambda name: os.path.join(folder, name)
@@ -807,8 +828,9 @@ def test_damaged_state(folder):
         ["2", "16", "null", "2", "2", "0"], model.recipe)
     for name, right in model.recipe.items():
         for value in (-1, 2**62, "x", "1e999", "", right + " ", '"', '"\\x"', '"\\ud800"', None):
-            later = ("packing", "completion_only_loss", "completion_marker", "best_val_loss")
-            if (name in ("warmup_steps", "best_val_loss") and value == -1       # that is null
+            later = ("packing", "completion_only_loss", "completion_marker", "best_val_loss",
+                     "problem", "pending")
+            if (name in ("warmup_steps", "best_val_loss", "problem") and value == -1    # is null
                     or name in later and value is None          # these need not be there
                     or name == "best_val_loss" and value == 2**62):
                 continue
@@ -902,15 +924,17 @@ def test_output_faults(folder):
     run = [*SMALL, "-d", write(here("text"), END.join(documents(40))), "-x", 2]
     good("a good run", *run, "-o", here("a.bin"), "--log", here("log"))
     before, log = read(here("a.bin")), read_log(here("log"))
-    write(here("a.bin.tmp"), "stale")
-    good("a stale temporary file", *run, "-o", here("a.bin"))
+    files = sorted(os.listdir(folder))
+    write(here("a.bin.tmp-123-0"), "stale")
+    write(here("a.bin.lock"), "")
+    good("what a killed run has left", *run, "-o", here("a.bin"))
     check("it is gone, and the model is there", read(here("a.bin")) == before and
-          not os.path.exists(here("a.bin.tmp")))
+          sorted(os.listdir(folder)) == files, os.listdir(folder))
     for size in (0, 500, 5000, len(before) - 1):
         bad(f"a disk with room for {size} bytes", 1, [here("a.bin")], *run, "--seed", 2,
             "-o", here("a.bin"), preexec_fn=limit_files(size))
         check("the old checkpoint is whole", read(here("a.bin")) == before)
-        check("nothing is left of the new one", not os.path.exists(here("a.bin.tmp")))
+        check("nothing is left of the new one", sorted(os.listdir(folder)) == files)
     bad("no room for the log", 1, [here("log")], *run, "-o", here("b.bin"), "--log", here("log"),
         preexec_fn=limit_files(10))
     bad("no folder", 1, [here("no/a.bin")], *run, "-o", here("no/a.bin"))
@@ -947,8 +971,11 @@ def test_output_faults(folder):
     check("a small stack", done.returncode == 0, done.stderr)
 
 
-def main():
-    tests = [value for name, value in globals().items() if name.startswith("test_")]
+def main(names):
+    """Runs the tests among these names; those in ONLY alone, if that is set."""
+    only = os.environ.get("ONLY", "").split()
+    tests = [value for name, value in names.items() if name.startswith("test_") and callable(value)
+             and (not only or name in only)]
     for test in tests:
         start = time.monotonic()
         with tempfile.TemporaryDirectory() as folder:
@@ -962,4 +989,4 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    main(globals())
