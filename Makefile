@@ -3,6 +3,7 @@
 # make test       everything that can be tested on this machine
 # make bench      measure speed against what the machine can do: see the top of tests/bench.py
 # make figures    draws the README's figures, after training the demo if there is none yet
+# make lab        puts the demo into lab/, as the repository has it
 # make plain      run-plain and train-plain, which compute with the plain loops printed in coe.c [4]
 # make single     build/run-single.c and build/train-single.c: each program as one file
 # make debug      run-debug and train-debug, with the address and undefined-behaviour sanitizers
@@ -58,11 +59,18 @@ build/%-single.c: %.c $(SOURCES)
 	@mkdir -p build
 	$(SINGLE) $< > $@
 
-LEVEL2  = --level 2 -x 28800 -l 256
+LEVEL2  = --level 2 -x 28800 --eval_steps 1440 --eval_problems 1000
 demo: run train
 	./train -o demo.bin --log demo.tsv
 	./run demo.bin -t 0
 	@echo 'Now ask it:  ./run demo.bin -t 0 -i "question: Mia had 20 figs and lost 7. How many are left?"'
+
+# The demo as it is in the repository, a quarter of the size, and its log.
+lab: demo.bin
+	$(PYTHON) -m venv build/python
+	build/python/bin/pip install -q --disable-pip-version-check -r tests/requirements.txt
+	build/python/bin/python export.py demo.bin lab/demo.bin --dtype q8
+	cp demo.tsv lab/demo.tsv
 
 # What README.md and docs/ show. build/level2.tsv, the log of the demo on harder problems, takes as
 # long as all else: where it is missing, it is made.
@@ -74,11 +82,15 @@ figures: run train demo.bin build/level2.tsv build/figures/ready
 	$(DRAW) experiments/routing.py demo.bin build/trace.tsv --figures $(RESULTS)/demo \
 		> $(RESULTS)/demo-routing.txt
 	$(DRAW) experiments/figures.py grid $(RESULTS)/default-task $(RESULTS)/default-task
-	$(DRAW) experiments/figures.py front $(RESULTS)/default-task 384 demo.tsv build/level2.tsv \
-		$(RESULTS)/does-it-work
-	./run demo.bin -t 0 --trace build/chain.tsv \
+	cp demo.tsv build/level1.tsv
+	$(DRAW) experiments/figures.py front $(RESULTS)/default-task 384 build/level1.tsv \
+		build/level2.tsv $(RESULTS)/does-it-work
+	./run lab/demo.bin -t 0 --trace build/chain.tsv \
 		-i "question: Tom had 20 figs and lost 7. How many are left?" > build/chain.txt
-	$(DRAW) experiments/figures.py chain demo.bin build/chain.tsv $(RESULTS)/demo-chain
+	$(DRAW) experiments/figures.py chain lab/demo.bin build/chain.tsv $(RESULTS)/demo-chain
+	./train --show_val 60 > build/val60.txt
+	$(DRAW) experiments/rank.py lab/demo.bin build/val60.txt --figure $(RESULTS)/demo-rank \
+		-- -c 192 --completion_only_loss true > $(RESULTS)/demo-rank.tsv
 build/level2.tsv: | train
 	@mkdir -p build
 	./train $(LEVEL2) -o build/level2.bin --log $@
@@ -105,4 +117,4 @@ clean:
 	rm -f $(PROGRAMS) $(PROGRAMS:=-plain) $(PROGRAMS:=-debug) $(PROGRAMS:=-plain-debug) demo.bin demo.tsv
 	rm -rf build
 
-.PHONY: all plain debug plain-debug single demo figures test bench bench-quick clean
+.PHONY: all plain debug plain-debug single demo lab figures test bench bench-quick clean

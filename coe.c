@@ -230,7 +230,7 @@ static real *grad_of(const Tensor *t, size_t e) { return t->grad + e * t->rows *
 
 // ---- [3] activations ----------------------------------------------------------------------------
 // What forward writes. A row of a table reads: type, field, rows, columns; lib/memory.h allocates
-// these shapes, and there W, threads, score_rows and latent_rows are.
+// these shapes, and defines W, threads, score_rows and latent_rows.
 //
 // Training keeps the activations of every layer and iteration for the backward pass. Generating
 // keeps only the latents and the choices. For the rest it has one x, one mid, one y and one ffn:
@@ -313,6 +313,7 @@ typedef struct {
     LayerState *layer;      // [L]
     Iteration *iterations;  // [L C]
     real *out;              // (T, d)  the last layer's output
+    struct Edits *edits;    // lib/edits.h: parts to leave out or change, for run; NULL: none
 #define X(type, field, rows, cols) type *field;
     STATE(X)
 #undef X
@@ -447,6 +448,8 @@ static void linear(real *y, const real *x, const Tensor *w, size_t e, const Tens
 // No token is dropped and no expert has a capacity. Tokens are grouped by expert, so that an
 // expert's weights are read once for all tokens that chose it.
 
+#include "lib/edits.h"
+
 // One feed-forward: copy e of three tensors, (f, d), (f, d) and (d, f).
 typedef struct { Tensor *gate_proj, *up_proj, *down_proj; size_t e; } Mlp;
 
@@ -545,9 +548,11 @@ static void group_by_expert(Iteration *it, size_t T, size_t E, size_t K) {
 // The router of iteration c on T tokens: fills it->score, it->expert and it->weight, and groups the
 // choices by expert.
 // PyTorch: score = F.softmax(F.linear(y, gate[c]), dim=-1)               kept: all of them
-static void route(const Config *config, State *s, Iteration *it, Layer *w, size_t c, size_t T) {
+static void route(const Config *config, State *s, Iteration *it, Layer *w, size_t l, size_t c,
+                  size_t T) {
     const size_t E = config->n_routed_experts, K = config->num_experts_per_tok;
-    linear(it->score, it->y, &w->gate, gate_of(config, c), NULL, T);
+    const size_t gate = gate_of(config, router_of(s, l, c, config->inner_iter));
+    linear(it->score, router_input(s, it, l, c), &w->gate, gate, NULL, T);
     SHARED(T * E * K, for (size_t t = 0; t < T; t++) {
         softmax(it->score + t * E, E, 1, NULL);
         choose(it->expert + t * K, it->weight + t * K, s->left + t * E, it->score + t * E, config);
@@ -584,7 +589,7 @@ static void experts_of_one(const Config *config, State *s, Iteration *it, Layer 
     LETTERS(config);
     Matvec in[2 * MOST_AT_ONCE], out[MOST_AT_ONCE];
     const size_t mlps = K + (S > 0);                    // the last is the shared one
-    in[0] = (Matvec){ 0 };                              // for compilers that fear K = 0
+    in[0] = (Matvec){ 0 };                              // no warning where K may be 0
     for (size_t k = 0; k < mlps; k++) {
         const Mlp mlp = k < K ? expert(w, (size_t)it->expert[k]) : shared_mlp(w, 1);
         real *g = k < K ? it->g + k * f : it->shared_g, *u = k < K ? it->u + k * f : it->shared_u;
@@ -613,11 +618,12 @@ static void ffn_forward(const Model *m, State *s, Iteration *it, size_t l, size_
     else if (!S)
         memset(it->ffn, 0, T * d * sizeof(real));
     if (!moe) return;
-    route(&m->config, s, it, w, c, T);
+    route(&m->config, s, it, w, l, c, T);
     // With many tokens the threads take an expert each; with few they take the experts one after
     // the other, and share the rows of their matrices.
     if (single_token) experts_of_one(&m->config, s, it, w);
     else TASKS(T < 16 ? 0 : T * K * d * f, e, E, { expert_forward(&m->config, s, it, w, e); })
+    edit_parts(s, it, l, c, T, K, d);
     SHARED(T * K * d, for (size_t t = 0; t < T; t++) {
         for (size_t k = 0; k < K; k++) {        // in this order, whatever the number of threads
             const real *out = s->returned + (size_t)it->slot[t * K + k] * d;
@@ -655,7 +661,9 @@ static void chain_forward(const Model *m, State *s, size_t l, real *out, size_t 
             config->rms_norm_eps);
     for (size_t c = 0; c < rounds; c++) {
         Iteration *it = &a->iteration[c];
+        edit_input(s, it, l, c, T, d);
         ffn_forward(m, s, it, l, c, T);
+        edit_output(s, it, l, c, T, d);
         const enum Residual residual = residual_of(m, c);
         const real *v = residual == WEIGHTED_Y ? data_of(&w->coe_weights, c - 1) : NULL;
         const real *mid = c + 1 == rounds && config->outer_residual ? a->mid : NULL;
@@ -670,6 +678,7 @@ static void chain_forward(const Model *m, State *s, size_t l, real *out, size_t 
             }
             for (size_t i = 0; mid && i < d; i++) to[i] += mid[t * d + i];
         })
+        tell_round(s, it, l, c, next, T);
     }
 }
 
@@ -693,7 +702,7 @@ static void chain_forward(const Model *m, State *s, size_t l, real *out, size_t 
 //     sum over j of alpha_j (W_v latent_j) = W_v (sum over j of alpha_j latent_j)
 //
 // so that W_k is absorbed by the query and W_v by the output, and nothing of the past is expanded
-// again: a cached position costs R + dr products a head, where expanding it would cost R (dn + dv).
+// again: a cached position costs 2 R + dr products a head; expanding it would add R (dn + dv).
 
 enum { QUERY_BLOCK = 48 };      // queries whose scores a thread holds at a time
 static const double LATENT_EPS = 1e-6;      // of q_a_layernorm and kv_a_layernorm, always
@@ -712,8 +721,9 @@ static void rope_table(State *s, const Config *config) {
     // with a ramp in between, which starts and ends at the pairs edge[0] and edge[1]. Pair i makes
     // original / (2 pi base^(2i / dim)) turns; that is beta where i is
     //     dim log(original / (2 pi beta)) / (2 log base)
-    // Both edges are cut at dim - 1, where half - 1 would be the last pair, as the authors do. cos
-    // and sin are multiplied by m(mscale) / m(mscale_all_dim), m(a) = 0.1 a log factor + 1.
+    // The lower edge is cut at 0, the upper one at dim - 1 as the authors do, though the last pair
+    // is half - 1. cos and sin are multiplied by m(mscale) / m(mscale_all_dim), where
+    // m(a) = 0.1 a log factor + 1.
     double edge[2];
     for (int j = 0; j < 2; j++)
         edge[j] = dim * log((double)config->rope_scaling_original / (6.283185307179586 *
@@ -907,6 +917,7 @@ static void attention_forward(const Model *m, State *s, size_t l, size_t B, size
     } else {
         attend_cached(config, s, a, &w->kv_b_proj, n, start);
     }
+    edit_heads(s, a->heads, l, T, H, dv);
     linear(a->mid, a->heads, &w->o_proj, 0, &w->o_bias, T);
     SHARED(T * d, for (size_t i = 0; i < T * d; i++) a->mid[i] += a->x[i];)
 }

@@ -8,7 +8,7 @@
 //   [2] the model at work      [4] eval       [6] main
 //
 // Around it, in lib/: settings.h (options), text.h (texts and ids in and out), output.h (files),
-// trace.h, info.h, bench.h.
+// trace.h, info.h, bench.h, lens.h.
 #include "coe.c"
 #include "lib/output.h"
 #include "lib/documents.h"
@@ -30,7 +30,9 @@ typedef struct {                    // everything that the parts of the program 
     size_t text_bytes;              // of the input, where it is a text
     real *logits;                   // (LOGIT_ROWS, V) in eval, else (V)
     uint64_t hash;                  // of the logits computed last
-    Output logits_file, trace_file; // of --logits and --trace, where they are wanted
+    Output logits_file, trace_file, lens_file;      // of those options, where they are wanted
+    Edits *edits;                   // what the command line changes in the chain; NULL: nothing
+    uint32_t fingerprint;           // the model file's CRC-32
 } Run;
 
 // Makes the file of eval, n bytes of text, run->tokens and run->counts: its documents, as train
@@ -70,7 +72,8 @@ static void read_tokens(Run *run) {
     }
     if (!set->ids && !run->model.tokenizer)
         fail(FAILED, "%s: has no tokenizer and cannot read text: --ids takes token ids", run->path);
-    if (set->mode == EVAL && from_file && !set->ids && c->eos_token_id >= 0) {
+    const bool documents = (set->mode == EVAL || set->mode == LENS) && from_file && !set->ids;
+    if (documents && c->eos_token_id >= 0) {
         read_documents(run, text, n);
         free(from_file);
         return;
@@ -103,8 +106,8 @@ enum { CHUNK = 512, LOGIT_ROWS = 64 };
 
 // Ends the program after an interruption, and says which files are missing for that.
 static _Noreturn void stop(const Run *run) {
-    const Output *const outputs[] = { &run->logits_file, &run->trace_file };
-    for (int i = 0; i < 2; i++)
+    const Output *const outputs[] = { &run->logits_file, &run->trace_file, &run->lens_file };
+    for (int i = 0; i < 3; i++)
         if (outputs[i]->file)
             fprintf(stderr, "run: %s: interrupted, not written\n", outputs[i]->path);
     exit(INTERRUPTED);
@@ -119,8 +122,14 @@ static size_t context_limit(const Run *run) {
 static void make_room(Run *run, size_t needed, size_t logit_rows) {
     const Config *c = &run->model.config;
     const size_t n_logits = checked_mul(logit_rows, c->vocab_size);
+    const size_t rows = min_size(min_size(needed, context_limit(run)), CHUNK);
     run->context = min_size(needed, context_limit(run));
-    run->state = state_new(c, min_size(run->context, CHUNK), run->context, KEEP_NOTHING);
+    run->state = state_new(c, rows, run->context, KEEP_NOTHING);
+    run->state.edits = run->edits;
+    if (run->edits) {
+        run->edits->y_0 = allocate(checked_mul(rows, c->hidden_size * sizeof(real)), "the edits");
+        run->edits->y_c = allocate(checked_mul(rows, c->hidden_size * sizeof(real)), "the edits");
+    }
     run->logits = allocate(checked_mul(n_logits, sizeof(real)), "the logits");
 }
 
@@ -344,33 +353,71 @@ static double score(Run *run, size_t index, size_t n, size_t skip, size_t *count
     return nats;
 }
 
-// How well the model predicts the input: every token but the first, each from those before it. What
-// is longer than the context is read in windows that overlap by half: the first half of a window is
-// there as context for the second.
+// A walk through the input in chunks. What is longer than the context is read in windows that
+// overlap by half: the first half of a window is there as context for the second.
+typedef struct {
+    size_t index, rows, position;       // a chunk: first token, how many, and where in the context
+    size_t skip;                        // how many of them were in a window before
+    size_t start, end;                  // of the window
+    size_t seen;                        // tokens in the windows before
+} Walk;
+
+// Goes to the next chunk. False where there is none.
+static bool next_chunk(const Run *run, Walk *w) {
+    const size_t n = run->n_tokens;
+    w->index += w->rows;
+    if (w->index == w->end) {
+        w->seen = w->end;
+        if (w->seen == n) return false;
+        if (w->end) w->start += run->context > 1 ? run->context / 2 : 1;
+        w->end = w->start + min_size(n - w->start, run->context);
+        w->index = w->start;
+    }
+    w->rows = min_size(w->end - w->index, CHUNK);
+    w->position = w->index - w->start;
+    w->skip = w->seen > w->index ? min_size(w->seen - w->index, w->rows) : 0;
+    return true;
+}
+
+// The loss of every token but the first, given those before it: their sum in nats, and in *counted
+// how many count.
+static double score_all(Run *run, size_t *counted) {
+    double nats = 0;
+    *counted = 0;
+    for (Walk w = { 0 }; next_chunk(run, &w); ) {
+        step(run, w.index, w.rows, w.position, w.skip, w.rows);
+        nats += score(run, w.index, w.rows, w.skip, counted);
+        if (w.skip < w.rows && *counted)
+            progress(w.index + w.rows, run->n_tokens, nats / (double)*counted, 0);
+    }
+    return nats;
+}
+
+// Where the command line changes the chain: the loss without that.
+static void print_untouched(Run *run) {
+    size_t counted;
+    if (!run->edits || !run->edits->n) return;
+    run->state.edits = NULL;
+    FILE *const logits = run->logits_file.file, *const routing = run->trace_file.file;
+    run->logits_file.file = run->trace_file.file = NULL;
+    const double nats = score_all(run, &counted);
+    run->logits_file.file = logits;
+    run->trace_file.file = routing;
+    if (counted) print_value("nll_untouched", nats / (double)counted);
+}
+
+// How well the model predicts the input.
 static void evaluate(Run *run) {
     const size_t n = run->n_tokens;
+    size_t counted;
     make_room(run, n ? n : 1, LOGIT_ROWS);
-    const size_t stride = run->context > 1 ? run->context / 2 : 1;
-    const double begin = seconds();
-    double nats = 0;
-    size_t counted = 0;
-    for (size_t start = 0, scored = 0; scored < n; start += stride) {
-        const size_t end = start + min_size(n - start, run->context);
-        for (size_t i = start; i < end; i += CHUNK) {
-            const size_t rows = min_size(end - i, CHUNK);
-            const size_t skip = scored > i ? min_size(scored - i, rows) : 0;
-            step(run, i, rows, i - start, skip, rows);
-            nats += score(run, i, rows, skip, &counted);
-            if (skip < rows) progress(i + rows, n, nats / (double)counted, 0);
-        }
-        scored = end;
-    }
-    const double nll = nats / (double)counted;
+    const double begin = seconds(), nats = score_all(run, &counted), nll = nats / (double)counted;
     progress(n, n, nll, 1);
     fprintf(stderr, "eval: %.1f tok/s\n", (double)n / (seconds() - begin));
     print_count("tokens", counted);
     if (!counted) return;
     print_value("nll", nll);
+    print_untouched(run);
     print_value("ppl", exp(nll));
     if (run->text_bytes) print_value("bits_per_byte", nats / log(2) / (double)run->text_bytes);
 }
@@ -490,6 +537,7 @@ static void chat(Run *run) {
 
 #include "lib/info.h"
 #include "lib/bench.h"
+#include "lib/lens.h"
 
 // Mode tokenize: the ids of the text on one line.
 static void print_tokens(const Run *run) {
@@ -501,17 +549,25 @@ static void print_tokens(const Run *run) {
 static void work(Run *run) {
     const Settings *set = &run->set;
     set_threads(set->threads);
-    run->model = model_open(run->path, set->mode == INFO ? MAPPED_CHECKED : MAPPED, NULL, NULL);
+    Header header;
+    run->model = model_open(run->path, set->mode == INFO ? MAPPED_CHECKED : MAPPED, NULL, &header);
+    run->fingerprint = header.checksum;
+    run->edits = read_edits(set, &run->model);
+    for (int k = 0, n = 0; k < EDIT_KINDS; k++)
+        if (set->edits[k]) fprintf(stderr, "%s --%s %s", n++ ? "" : "edits:", edit_names[k],
+                                   set->edits[k]);
+    if (run->edits && run->edits->n) fputc('\n', stderr);
     const size_t longest = run->model.config.max_position_embeddings;
     if (set->ctx_size > longest)
         fail(WRONG_USAGE, "--ctx-size is %zu, must be 1..%zu (max_position_embeddings)",
              set->ctx_size, longest);
     print_model(&run->model);
-    if (set->mode == GENERATE || set->mode == EVAL || set->mode == TOKENIZE) read_tokens(run);
+    if (set->mode != CHAT && set->mode != BENCH && set->mode != INFO) read_tokens(run);
     catch_interrupts(true);
     if (set->logits) output_open(&run->logits_file, set->logits, true);
     if (set->trace) output_open(&run->trace_file, set->trace, true);
     if (set->trace) fputs(TRACE_COLUMNS, run->trace_file.file);
+    if (set->lens) output_open(&run->lens_file, set->lens, true);
     switch (set->mode) {
     case GENERATE: generate(run); break;
     case CHAT:     chat(run); break;
@@ -519,9 +575,11 @@ static void work(Run *run) {
     case BENCH:    bench(run); break;
     case INFO:     info(run); break;
     case TOKENIZE: print_tokens(run); break;
+    case LENS:     lens(run); break;
     }
     output_close(&run->logits_file);
     output_close(&run->trace_file);
+    output_close(&run->lens_file);
 }
 
 // Reads the command line, then hands over to the mode.

@@ -136,8 +136,8 @@ static void add_rows(real *dw, const real *dy, const real *x, size_t ld, const r
     })
 }
 
-// y_i = w_i x_i s,   s = (mean_j x_j^2 + eps)^(-1/2). `along` here and below is the part of the
-// gradient along the output, which normalising takes away. Let u_i = w_i dy_i. x_j acts directly
+// y_i = w_i x_i s,   s = (mean_j x_j^2 + eps)^(-1/2). `along` here and below is the number in the
+// term that normalising subtracts from a gradient. Let u_i = w_i dy_i. x_j acts directly
 // and through s, with ds/dx_j = -s^3 x_j / d, so
 //     dx_j = s u_j - (s^3 / d) x_j sum_i u_i x_i               dw_i += dy_i x_i s
 // dy (n, d); dx, += with `add`, and x (n, d) at stride ld; s = inverse (n) was kept.
@@ -853,8 +853,8 @@ static int train(Run *run) {
     if (job->profile && profiled) print_profile(profiled);
     if (log) fclose(log);
     if (run->step < r->max_steps || (interrupted && isnan(run->val_loss))) {
-        fprintf(stderr, "train: interrupted after step %lld; ./train --resume %s goes on\n",
-                (long long)run->step, job->output);
+        fprintf(stderr, "train: interrupted after step %lld; ./train --resume %s%s%s goes on\n",
+                (long long)run->step, job->output, *job->data ? " -d " : "", job->data);
         return INTERRUPTED;
     }
     if (first >= r->max_steps) {                        // it was finished already

@@ -27,11 +27,11 @@ DRAWN = {"moe-k8": (ORANGE, "-"), "coe-k4c2": (BLUE, "-"), "moe-k16": (ORANGE, "
 # ---- the first page ------------------------------------------------------------------------------
 
 def solved_over_time(log, tokens):
-    """[(seconds of training, % of the problems solved), ...], which starts at (0, 0)."""
+    """[(seconds of training, % of the problems solved), ...]"""
     lines = read_tsv(log)
     if not lines:
         raise Failure(f"{log}: holds no step")
-    seconds, points = 0.0, [(0.0, 0.0)]
+    seconds, points = 0.0, []
     for line in lines:
         seconds += tokens / float(line["tokens_per_s"])
         if line["solved"]:
@@ -48,19 +48,24 @@ def draw_front(grid, tokens, logs, path):
         left.plot(*zip(*solved_over_time(log, tokens)), line, marker="o", markersize=2.5, color=BLUE,
                   label=os.path.basename(log).removesuffix(".tsv"))
     left.set(xlabel="seconds of training", ylabel="% of held-out problems solved", ylim=(0, 100),
-             xlim=(0, None), title="Problems solved")
-    left.legend(loc="lower right")
+             xscale="log", title="Problems solved")
+    left.xaxis.set_major_formatter("{x:g}")
+    left.legend(loc="upper left")
     claims = [(claim, paper, found[0]) for claim, paper, found in claims_in(grid) if found[0]][::-1]
     for y, (claim, paper, (here, half, _)) in enumerate(claims):
         half = half if math.isfinite(half) else 0       # not known where no row has several seeds
         right.errorbar(here, y, xerr=half, fmt="o", color=BLUE, markersize=5,
                        label=None if y else "here, 95 % interval")
+        if claim.margin:
+            right.barh(y, claim.margin * mean(grid.finals(claim.other)), 0.7, color="#dddddd",
+                       label=None if claim.margin in [c.margin for c, *_ in claims[:y]] else
+                       "counts as level")
         right.plot(paper, y, "x", color=GREEN, markersize=6, label=None if y else "paper, one run")
     right.axvline(0, color="black", linewidth=0.8)
     right.set_yticks(range(len(claims)), [claim.text for claim, *_ in claims])
     right.xaxis.set_major_locator(plt.MultipleLocator(0.05))
     right.set(xlabel="difference of validation losses, nats")
-    right.legend(loc="lower right", ncols=2, bbox_to_anchor=(1, 1))
+    right.legend(loc="lower right", ncols=3, bbox_to_anchor=(1, 1))
     save_figure(figure, path)
 
 

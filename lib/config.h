@@ -21,6 +21,7 @@ typedef struct {
     char letter;            // the option is -letter too; 0: none
     enum Kind kind;
     bool flag;              // a BOOL that is given without a value
+    bool repeats;           // a TEXT that may be given more than once: "one;two"
     double least, most;     // the range of a SIZE, INT or NUM
     const char *words;      // WORD: what it may be, "greedy|group_limited_greedy", in the order
                             // of its enum; SIZE, INT: another name for `least`; else NULL
@@ -320,6 +321,13 @@ static const Key *find_key(const Options *tables, size_t n_tables, const char *n
 // Sets one option, or ends the program; `shown` is how the user wrote its name.
 static void set_option(const Options *table, const Key *k, const char *shown, const char *value) {
     if (!value) fail(WRONG_USAGE, "%s: needs a value, %s", shown, key_range(k));
+    if (k->repeats && table->given[k - table->keys]) {
+        const char *before = key_text(k, table->base);
+        const size_t size = strlen(before) + strlen(value) + 2;
+        char *both = allocate(size, "an option");           // for as long as the program runs
+        snprintf(both, size, "%s;%s", before, value);
+        value = both;
+    }
     if (!key_parse(k, table->base, value))
         fail(WRONG_USAGE, "%s is \"%s\", must be %s", shown, value, key_range(k));
     if (table->given) table->given[k - table->keys] = 1;

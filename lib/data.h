@@ -41,9 +41,9 @@ static Stream split_stream(Stream *s, int eos, bool sequential) {
     size_t cut = s->n, left = s->documents / 20;
     if (left == 0) {
         cut = s->n - s->n / 20;
-        fprintf(stderr, "train: %zu documents are too few to set some aside: "
-                "the last 5 %% of the tokens validate%s\n",
-                s->documents, sequential ? ", and are trained on" : "");
+        fprintf(stderr, "train: only %zu document%s: the last 5 %% of the tokens validate%s\n",
+                s->documents, s->documents == 1 ? "" : "s",
+                sequential ? ", and are trained on" : "");
     } else {
         for (cut = s->n - 1; cut > 0; cut--)    // back to the EOS before the last `left` documents
             if (s->tokens[cut - 1] == eos && --left == 0) break;

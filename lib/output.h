@@ -84,9 +84,10 @@ static char *where_to(const char *path) {
         release(now);
         now = next;
     }
-    char *folder = folder_of(now, &name), *real = realpath(folder, NULL);
-    char *there = real ? joined(real, real[1] ? "/" : "", name) : joined(now, "", "");
-    free(real);
+    char *folder = folder_of(now, &name), *absolute = realpath(folder, NULL);
+    char *there = absolute ? joined(absolute, absolute[1] ? "/" : "", name)
+                           : joined(now, "", "");
+    free(absolute);
     release(folder);
     release(now);
     now = there;

@@ -2,7 +2,13 @@
 #ifndef SETTINGS_H
 #define SETTINGS_H
 
-enum { GENERATE, CHAT, EVAL, BENCH, INFO, TOKENIZE };       // mode
+// What lib/edits.h numbers, as a user writes it.
+static const char *const edit_names[EDIT_KINDS] = { "silence", "parallel", "swap_gates",
+                                                    "gate_input" };
+static const char *const condition_names[CONDITIONS] = { "layer=", "iteration=", "expert=", "head=",
+                                                         "shared" };
+
+enum { GENERATE, CHAT, EVAL, BENCH, INFO, TOKENIZE, LENS };     // mode
 
 typedef struct {
     const char *prompt, *file;          // NULL: not given
@@ -14,7 +20,9 @@ typedef struct {
     size_t ctx_size;                    // 0: what the work needs
     int mode;
     bool ids, ignore_eos;
-    const char *logits, *trace;         // NULL: not wanted
+    const char *logits, *trace, *lens;  // NULL: not wanted
+    int64_t layer;                      // lens: the one to show; -1: all that fit
+    const char *edits[EDIT_KINDS];      // rules, see lib/edits.h; NULL: none
     bool completion_only_loss;          // of the documents of --file, in eval
     const char *completion_marker;
     bool allow_bytes;                   // eval: --file need not be text
@@ -45,7 +53,8 @@ static const Key setting_keys[] = {
         .help = "random seed; -1: from the clock, printed"),
     ROW_AS(ctx_size, "ctx-size", .letter = 'c', RANGE(0, 1 << 30), .init = "0",
         .help = "context to allocate, in tokens; 0: what the work needs"),
-    ROW(mode, .letter = 'm', .words = "generate|chat|eval|bench|info|tokenize", .init = "generate",
+    ROW(mode, .letter = 'm', .words = "generate|chat|eval|bench|info|tokenize|lens",
+        .init = "generate",
         .help = "what to do"),
     ROW(ids, .flag = true, .init = "false",
         .help = "prompt, file and stdout are token ids; nothing is added to them"),
@@ -55,6 +64,18 @@ static const Key setting_keys[] = {
         .help = "eval: a file for the logits, float32 [tokens, vocab_size]"),
     ROW(trace,
         .help = "eval, generate: a TSV file for the experts that were chosen"),
+    ROW(lens,
+        .help = "lens: a TSV file with all that it finds"),
+    ROW(layer, RANGE(-1, 4095), .init = "-1",
+        .help = "lens: this layer alone, in detail; -1: the last that fit"),
+    ROW_AS(edits[SILENCE], "silence", .repeats = true,
+        .help = "eval, generate, lens: make 0: all, or of layer=,iteration=,expert=,shared,head="),
+    ROW_AS(edits[PARALLEL], "parallel", .repeats = true,
+        .help = "there: iterations see y_0 in the place of y_c: all, or of layer=,iteration="),
+    ROW_AS(edits[SWAP_GATES], "swap_gates", .repeats = true,
+        .help = "there: routers in reversed order: all, or layer="),
+    ROW_AS(edits[GATE_INPUT], "gate_input", .repeats = true,
+        .help = "there: routers see y_0, experts y_c: all, or of layer=,iteration="),
     ROW(completion_only_loss, .init = "false",
         .help = "eval: what stands before the completion of a document does not count"),
     ROW(completion_marker, .init = "answer:",
@@ -117,10 +138,18 @@ static void check_settings(const Settings *set, const char *model) {
         fail(WRONG_USAGE, "--completion_only_loss: needs --mode eval and a --file of text");
     if (!*set->completion_marker)
         fail(WRONG_USAGE, "--completion_marker is \"\", must be a text of one byte or more");
+    if (mode == LENS && !set->prompt && !set->file)
+        fail(WRONG_USAGE, "--mode lens: needs --file or --prompt");
+    if ((set->lens || set->layer >= 0) && mode != LENS)
+        fail(WRONG_USAGE, "--lens, --layer: need --mode lens");
+    for (int k = 0; k < EDIT_KINDS; k++)
+        if (set->edits[k] && mode != EVAL && mode != GENERATE && mode != LENS)
+            fail(WRONG_USAGE, "--%s: needs --mode eval, generate or lens", edit_names[k]);
     if (set->ids && mode == CHAT) fail(WRONG_USAGE, "--ids: not with --mode chat, which is text");
     if (set->trace && mode != EVAL && mode != GENERATE)
         fail(WRONG_USAGE, "--trace: needs --mode generate or eval");
     const FileUse files[] = { { "--logits", set->logits, true }, { "--trace", set->trace, true },
+                              { "--lens", set->lens, true },
                               { "--file", set->file, false }, { "the model", model, false } };
     check_files(files, sizeof files / sizeof *files);
 }

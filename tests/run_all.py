@@ -219,10 +219,12 @@ def python_groups():
         report("export.py, tokenizer", 0, 0, 2, text=f"needs {', '.join(EXPORT)}: {problem}")
     python = python_with("torch", *EXPORT)
     if not python:
-        report("comparison with PyTorch", 0, 0, 2, text="needs torch")
+        report("comparison with PyTorch", 0, 0, 3, text="needs torch")
         return
     yield "PyTorch oracle", [python, "tests/oracle.py", "check",
                              *sorted(glob.glob("tests/golden/*"))]
+    yield "lens and edits", [python, "tests/test_lens.py", "./run", f"{python} export.py",
+                             str(3 * CONFIGS)]
     for half in (1, 2):
         yield f"comparison with PyTorch, part {half}", [
             python, "tests/oracle.py", "compare", "--train", "./train", "--run", "./run",

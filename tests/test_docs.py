@@ -21,7 +21,7 @@ import time
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 os.chdir(ROOT)
 PAGES = ["README.md"] + [f"docs/{name}.md" for name in (
-    "running", "training", "options", "experiments", "exercises", "speed", "huggingface",
+    "running", "chain", "training", "options", "experiments", "exercises", "speed", "huggingface",
     "tokenizer", "format", "design", "faq")]
 MOST_LINES = 200            # of the README: it is read in one sitting
 
@@ -33,7 +33,8 @@ CHANGED = [
     (r"^make test$", "", "would run this test again"),
     (r"^make bench.*|^python3 tests/bench.py --list$", "", "tests/test_bench.py does it"),
     (r"^python3 experiments/grid.py$", r"\g<0> --dry-run", "takes hours"),
-    (r"^python3 experiments/grid.py .*gsm8k-train.txt$", "", "takes a text that is not here"),
+    (r"^.* gsm8k-train.txt.*", "", "takes a text that is not here"),
+    (r"^\./train --show_val 60 ", "./train --show_val 2 ", "takes a minute"),
     (r"-x 1[05]00\b", "-x 6 --eval_problems 4", "takes minutes"),
     (r"^python3 -m venv .*|^build/python/bin/pip .*", "", NETWORK),
     (r"^git clone .*|^cp reference/.*|^.*\bhf2\b.*", "", NETWORK),
@@ -177,8 +178,8 @@ def make_copy(folder):
         target = os.path.join(folder, name)
         shutil.copytree(name, target, ignore=leave) if os.path.isdir(name) else \
             shutil.copy2(name, target)
-    results = "experiments/results"
-    shutil.copytree(results, os.path.join(folder, results), dirs_exist_ok=True)
+    for whole in ("experiments/results", "lab"):
+        shutil.copytree(whole, os.path.join(folder, whole), dirs_exist_ok=True)
     python = os.path.join(folder, "build/python/bin/python")
     os.makedirs(os.path.dirname(python))
     with open(python, "w") as f:
@@ -208,7 +209,7 @@ def test_commands():
                     timeout=600)
                 print(f"{time.monotonic() - start:5.1f} s  {page}: {commands[0][:60]}")
                 check(f"{page}: {' ; '.join(commands)}", done.returncode == 0, done.stderr)
-                if "python3 read.py demo.bin" in commands:
+                if "python3 read.py lab/demo.bin" in commands:
                     test_reader(folder, done.stdout)
     for row in CHANGED:
         check(f"a command is changed by {row[0]}", row in used)
@@ -216,11 +217,11 @@ def test_commands():
 
 def test_reader(folder, printed):
     """The reader in docs/format.md finds the tensors that run finds."""
-    info = subprocess.run(["./run", "demo.bin", "-m", "info"], cwd=folder, capture_output=True,
+    info = subprocess.run(["./run", "lab/demo.bin", "-m", "info"], cwd=folder, capture_output=True,
                           text=True).stdout
     tensors = [(name, *shape.split("x")) for name, shape in
                re.findall(r"^(\S+) ([\dx]+) (?:f32|bf16|q8)$", info, re.M)]
-    found = [tuple(line.split()[:-1]) for line in printed.splitlines()]
+    found = [tuple(line.split()[:-3]) for line in printed.splitlines()]
     check("read.py finds every tensor", found == tensors and len(tensors) > 50,
           printed[:300] + info[-300:])
 

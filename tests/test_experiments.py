@@ -334,6 +334,51 @@ def test_grid(folder):
 
 # ---- figures -------------------------------------------------------------------------------------
 
+def test_rank(folder):
+    """Every part is left out once, and the ranking is by what run itself says."""
+    here = lambda name: os.path.join(folder, name)
+    text = write(here("text"), TEXT[:600])
+    call(TRAIN, *TINY, "--num_hidden_layers", 2, "--first_k_dense_replace", 1, "--n_routed_experts",
+         3, "-d", write(here("data"), TEXT), "-x", 3, "-b", 2, "-l", 16, "-o", here("m.bin"))
+    out, _ = script("rank.py", here("m.bin"), text, "--", "-c", 16)
+    head, *rows = [line.split("\t") for line in out.splitlines()]
+    equal("columns", head, ["damage", "nll", "kind", "silence"])
+    kinds = [row[2] for row in rows]
+    equal("every part once", {k: kinds.count(k) for k in kinds},
+          {"layer": 1, "iteration": 2, "shared": 2, "expert": 6, "head": 4})
+    damage = [float(row[0]) for row in rows]
+    equal("the worst first", damage, sorted(damage, reverse=True))
+    for row in rows[:3]:
+        found, _ = call(RUN, here("m.bin"), "-m", "eval", "-f", text, "-c", 16, "--silence", row[3])
+        values = dict(line.split() for line in found.splitlines())
+        check("as run says", abs(float(values["nll"]) - float(row[1])) < 1e-5 and abs(
+            float(values["nll"]) - float(values["nll_untouched"]) - float(row[0])) < 2e-5, (row, values))
+    script("rank.py", here("m.bin"), here("nothing"), code=1)
+
+
+def test_edits(folder):
+    """Equations are judged by arithmetic, and rows are as run says."""
+    import edits
+    equal("equations", list(edits.equations("1 + 2 = 3\n7 - 5 = 3\n3 * 4 = 12\n12 / 5 = 2\n8 / 2 = 4")),
+          [("+", True), ("-", False), ("*", True), ("/", False), ("/", True)])
+    equal("answers", [edits.answer(x) for x in ("a\n#### 12\n", "#### 12", "### 1", "x #### 1\n")],
+          ["12", "12", None, None])
+    here = lambda name: os.path.join(folder, name)
+    problems, _ = call(TRAIN, "--show_val", 3)
+    text = write(here("problems"), problems)
+    call(TRAIN, *TINY, "-x", 2, "--eval_problems", 0, "-o", here("m.bin"))
+    out, _ = script("edits.py", here("m.bin"), text, "--", "", "--silence all")
+    head, rule, *rows = [[x.strip() for x in line.strip("|").split("|")] for line in out.splitlines()]
+    equal("columns", head[:3], ["what is changed", "nll", "solved"])
+    equal("rows", [row[0] for row in rows], ["nothing", "`--silence all`"])
+    check("of three problems", all(row[2].endswith(" of 3") for row in rows), rows)
+    found, _ = call(RUN, here("m.bin"), "-m", "eval", "-f", text, "-c", "192",
+                    "--completion_only_loss", "true", "--silence", "all")
+    check("nll", abs(float(dict(line.split() for line in found.splitlines())["nll"])
+                     - float(rows[1][1])) < 1e-4, rows)
+    script("edits.py", here("m.bin"), write(here("none"), "nothing"), code=1)
+
+
 def test_figures(folder):
     try:
         import matplotlib                                               # noqa: F401
@@ -395,8 +440,36 @@ def test_viewer(folder):
         use_mouse(b, trace)
         compare_iterations(b, trace)
         come_back(b, here("page.html"))
+        call(RUN, here("model.bin"), "-m", "lens", "-f", text, "--lens", here("lens.tsv"))
+        script("viewer.py", here("model.bin"), here("trace.tsv"), "--lens", here("lens.tsv"), "-o",
+               here("lens-page.html"))
+        b.open(here("lens-page.html"))
+        look_at_lens(b, trace, read_tsv(here("lens.tsv")))
         equal("the page complains about nothing", b.errors, [])
         equal("nothing comes from elsewhere", [u for u in b.requests if "page.html" not in u], [])
+
+
+def look_at_lens(b, trace, rows):
+    """The page opens at the token whose prediction changes most, and says what the lens says."""
+    where = {(int(r["layer"]), int(r["iterations"]), int(r["position"])): r for r in rows}
+    last, C, T = max(trace.experts), trace.model.iterations, len(trace.tokens)
+    next_of = lambda c, t: float(where[last, c, t]["p_next"])
+    change = [max(abs(next_of(c + 1, t) - next_of(c, t)) for c in range(C)) for t in range(T - 1)]
+    t = b.js("state.token")
+    check("opens where the prediction changes most", change[t] > max(change) - 1e-6, (t, change[t]))
+    said = b.js("[...document.querySelectorAll('.call .said')].map(x => x.textContent)")
+    wanted = []
+    for l in trace.experts:
+        for c in range(1, C + 1):
+            row = where[l, c, t]
+            percent = float(row["p_guess"]) * 100
+            wanted.append((f"{percent:.0f} %", row["other_choice"] == "1"))
+    equal("what it says after each iteration", [(x.removesuffix(" !").split("” ")[-1].split("> ")[-1],
+                                                 x.endswith(" !")) for x in said], wanted)
+    early = b.js("[...document.querySelectorAll('h3 .said')].map(x => x.textContent)")
+    equal("and before the first", len(early), len(trace.experts))
+    loss = b.js("document.querySelector('.token span').textContent").split("loss ")[-1]
+    check("the loss", abs(float(loss) - float(where[last, C, t]["loss"])) < 0.006, loss)
 
 
 def chain_of(trace, t):

@@ -39,9 +39,11 @@ def run(*args, **more):
 
 
 def start(program, *args, **more):
+    """Starts a program, which does not ignore SIGHUP even if these tests run under nohup."""
     return subprocess.Popen([program, *map(str, args)], env=environment(),
                             **{"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE,
-                               "stderr": subprocess.PIPE} | more)
+                               "stderr": subprocess.PIPE, "preexec_fn": lambda: signal.signal(
+                                   signal.SIGHUP, signal.SIG_DFL)} | more)
 
 
 def wait_for(path):
@@ -122,7 +124,7 @@ def test_kills(folder):
     is gone after the next run."""
     here = lambda name: os.path.join(folder, name)
     rng = random.Random(1)
-    for i in range(30):
+    for _ in range(100):
         process = start(TRAIN, *SMALL, "-x", 10**6, "--save_steps", 1, "--eval_steps", 0, "-o",
                         here("a.bin"), "--eval_problems", 0)
         wait_for(here("a.bin"))

@@ -419,7 +419,8 @@ def test_numbers(folder):
     for dtype in ("f32", "bf16"):
         for x in (math.nan, math.inf, -math.inf):
             model = write_with(here("bad.bin"), matrix, lambda n: [x] * n, dtype)
-            for args in (("-i", "x" * 40, "-n", 2), ("-m", "eval", "-i", "x" * 40)):
+            for args in (("-i", "x" * 40, "-n", 2), ("-m", "eval", "-i", "x" * 40),
+                         ("-m", "lens", "-i", "x" * 40)):
                 r = run(model, *args)
                 check(f"{x} in {dtype} is named, {args[0]}", r.code == 1 and matrix in r.err, r)
     model = modelbin.read(write_with(here("q8.bin"), "nothing", None, "q8"))
@@ -699,6 +700,86 @@ def test_patterns(folder):
         r = tokens_of([[items]], "a" * 20000)
         check(f"{what} does not take long", time.monotonic() - start < 3 and
               (r.code == 0 or ends_well(r, False) and "too long" in r.err), r)
+
+
+# ---- lens and edits ----------------------------------------------------------------------------
+
+def test_lens(folder):
+    """The grid fits, the table ends in eval's loss, and what does not apply is refused by name."""
+    here = lambda name: os.path.join(folder, name)
+    model = write_tiny(here("lens.bin"), max_position_embeddings=600)
+    text = "Grüße\n to all, " * 60
+    with open(here("text"), "w") as f:
+        f.write(text)
+    for args in (("-i", text[:30]), ("-f", here("text")), ("-i", "x"), ("-i", ""), ("--ids", "-i", "5 6 7"),
+                 ("-i", text[:40], "--layer", 1), ("-i", text[:700], "-c", 100)):
+        evaluated = run(model, "-m", "eval", *(x for x in args if x not in ("--layer", 1)))
+        r = run(model, "-m", "lens", *args, "--lens", here("lens.tsv"))
+        check(f"lens {args[:3]}", r.code == 0 and not r.errors, r)
+        check("the grid has 80 columns", max(map(len, r.out.splitlines())) <= 80, r)
+        values = dict(line.split(" ") for line in evaluated.out.splitlines())
+        check("its nll is eval's", "nll" not in values or f"nll {values['nll']}\n" in r.out,
+              (values, r))
+        with open(here("lens.tsv")) as f:
+            head, *rows = [line.rstrip("\n").split("\t") for line in f]
+        check("the columns", head == """position token layer iterations guess p_guess p_next loss
+            ffn_norm y_norm shared_part other_choice model""".split(), head)
+        rows = [dict(zip(head, row)) for row in rows]
+        count = int(values["tokens"]) + 1
+        check("a line for every token, layer and iteration", len(rows) == count * 2 * 3, len(rows))
+        last = [float(x["loss"]) for x in rows if x["layer"] == "1" and x["iterations"] == "2"
+                and x["loss"]]
+        check("the last rows are eval's loss", not last or
+              abs(sum(last) / len(last) - float(values["nll"])) < 1e-6, (last, values))
+        with open(model, "rb") as f:
+            check("the fingerprint", {x["model"] for x in rows} ==
+                  {f"{struct.unpack_from('<I', f.read(), 8)[0]:08x}"})
+    many = write_tiny(here("many.bin"), num_hidden_layers=9)
+    r = run(many, "-m", "lens", "-i", "abc")
+    check("as many layers as fit", r.code == 0 and "layers 5 to 8 of 9" in r.err and
+          max(map(len, r.out.splitlines())) <= 80, r)
+
+    shared_gate = write_tiny(here("shared.bin"), use_igate=False, n_shared_experts=0)
+    outer = write_tiny(here("outer.bin"), inner_residual=False, outer_residual=True)
+    single = write_tiny(here("single.bin"), inner_iter=1)
+    dense = write_tiny(here("dense2.bin"), first_k_dense_replace=1)
+    for path, options, word in (
+            (model, ("--silence", "layer=2"), "layer=2"), (model, ("--silence", "iteration=2"), "2"),
+            (model, ("--silence", "expert=4"), "expert=4"), (model, ("--silence", "head=2"), "head=2"),
+            (model, ("--silence", "expert=1,shared"), "together"), (model, ("--silence", ""), "all"),
+            (model, ("--silence", "head=1,iteration=0"), "together"), (model, ("--silence", "x=1"), "all"),
+            (model, ("--silence", "layer=1,layer=1"), "once"), (model, ("--silence", "layer=-1"), "all"),
+            (model, ("--silence", "layer=1x"), "all"), (model, ("--silence", "layer="), "all"),
+            (model, ("--silence", "layer=1,"), "all"), (model, ("--silence", "all", "--silence", "q"), "q"),
+            (model, ("--parallel", "expert=1"), "silence"), (model, ("--parallel", "layer=7"), "layer=7"),
+            (model, ("--swap_gates", "iteration=1"), "layer="), (model, ("--gate_input", "head=1"), "silence"),
+            (shared_gate, ("--swap_gates", "all"), "router"), (shared_gate, ("--silence", "shared"), "shared"),
+            (outer, ("--parallel", "all"), "residual"), (single, ("--parallel", "all"), "one iteration"),
+            (single, ("--swap_gates", "all"), "one iteration"), (single, ("--gate_input", "all"), "one"),
+            (dense, ("--silence", "layer=0,expert=1"), "no layer of experts"),
+            (dense, ("--gate_input", "layer=0"), "no layer of experts")):
+        for mode in ("eval", "lens", "generate"):
+            r = run(path, "-m", mode, "-i", "abc", "-n", 1, *options)
+            check(f"{mode} {options}", r.code == 2 and options[0] in r.err and word in r.errors[-1], r)
+    for args, word in ((("-m", "info", "--silence", "all"), "--silence"),
+                       (("-m", "eval", "-i", "x", "--layer", 1), "--layer"),
+                       (("-m", "lens"), "--prompt"), (("-m", "lens", "-i", "x", "--layer", 2), "--layer"),
+                       (("-m", "chat", "--parallel", "all"), "--parallel")):
+        r = run(model, *args)
+        check(f"{args}", r.code == 2 and word in r.err, r)
+    good = run(model, "-i", "abc", "-n", 3, "-t", 0, "--silence", "layer=1", "--silence", "head=0")
+    check("generate says what is changed in its first line", good.code == 0 and
+          good.err.splitlines()[0] == "edits: --silence layer=1;head=0", good)
+    check("a dense layer is silenced, too", run(dense, "-m", "eval", "-i", "abc", "--silence",
+                                                "layer=0").code == 0)
+    untouched = run(model, "-m", "eval", "-i", text[:200])
+    edited = run(model, "-m", "eval", "-i", text[:200], "--silence", "iteration=1", "--trace",
+                 here("routing"), "--logits", here("floats"))
+    check("nll_untouched", edited.values()["nll_untouched"] == untouched.values()["nll"] !=
+          edited.values()["nll"], edited)
+    run(model, "-m", "eval", "-i", text[:200], "--logits", here("l2"))
+    check("the files are of the edited pass", len(read_floats(here("floats"))) ==
+          len(read_floats(here("l2"))) and read_floats(here("floats")) != read_floats(here("l2")))
 
 
 # ---- chat -------------------------------------------------------------------------------------

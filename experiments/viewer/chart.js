@@ -56,6 +56,7 @@ function draw() {
   pen.fillRect(0, 0, width, height);
   for (const l of shown()) for (let c = 0; c < C; c++) drawBand(l, c, from, to, dx, dy);
   drawHead(from, to, dx, width);
+  for (const l of shown()) for (let c = 0; c < C; c++) drawLens(l, c, from, to, dx, dy);
   for (const l of shown()) for (let c = 0; c < C; c++) drawName(l, c, dy);
 }
 

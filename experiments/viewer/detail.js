@@ -1,6 +1,6 @@
 // ---- the chain of a token -----------------------------------------------------------------------
 // Its elements stay the same, so that the keyboard's focus does; only what they say changes.
-const chips = [], links = [];
+const chips = [], links = [], said = [], before = [];
 const tokenName = element('b'), tokenNumber = element('span');
 const tokenPlace = element('div', '', 'around');
 function makeChain() {
@@ -9,7 +9,10 @@ function makeChain() {
   chain.append(title, tokenPlace);
   for (let l = 0; l < L; l++) {
     const block = element('div', undefined, 'layer');
-    block.append(element('h3', 'layer ' + layers[l]));
+    const heading = element('h3', 'layer ' + layers[l]), early = element('span', '', 'said');
+    if (lens) heading.append(early);
+    before.push(early);
+    block.append(heading);
     for (let c = 0; c < C; c++) {
       const call = element('div', undefined, 'call');
       call.style.setProperty('--hue', hue(c));
@@ -21,6 +24,9 @@ function makeChain() {
         chips.push(chip);
         call.append(chip);
       }
+      const words = element('span', '', 'said');
+      if (lens) call.append(words);
+      said.push(words);
       block.append(call);
     }
     const svg = document.createElementNS('http://www.w3.org/2000/svg', 'svg');
@@ -31,6 +37,8 @@ function makeChain() {
   }
   chain.style.setProperty('--k', K);
   if (C > 1) chain.append(element('p', 'A line joins an expert that is visited again.'));
+  if (lens) chain.append(element('p', 'In quotes: what the model would say next if the layers ended ' +
+    'there; ! if the router would have chosen others on the y before.'));
 }
 const now = () => state.hover >= 0 ? state.hover : state.token;
 
@@ -52,6 +60,11 @@ function showChain() {
                       weights[i].toPrecision(3) + (again ? ', again' : ''));
     chip.classList.toggle('cursor', state.step == n && state.hover < 0);
   });
+  if (lens) {
+    before.forEach((words, l) => { words.textContent = guessed(l, 0, t); });
+    said.forEach((words, n) => { words.textContent = guessed(Math.floor(n / C), n % C + 1, t); });
+    if (lens.loss[t] >= 0) tokenNumber.textContent += `, loss ${lens.loss[t].toFixed(2)}`;
+  }
   links.forEach((svg, l) => {             // an expert that is visited again is joined to itself
     const lines = [];
     for (let c = 1; c < C; c++)

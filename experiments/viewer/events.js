@@ -135,6 +135,7 @@ options($('show'), [[-1, 'all layers'], ...layers.map((layer, l) => [l, 'layer '
 makeChain();
 makeReadings();
 makeCompare();
+if (lens) state.token = mostChanged();
 readAddress();
 $('show').value = state.show;
 for (const f of everything) f();
