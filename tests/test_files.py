@@ -7,6 +7,7 @@ disks, signals, and data that is no text.
 The last line is "N passed, N failed". Needs nothing but Python; what a preloaded library has to
 stand in for needs a C compiler, and glibc.
 """
+import atexit
 import gzip
 import json
 import os
@@ -39,11 +40,14 @@ def run(*args, **more):
 
 
 def start(program, *args, **more):
-    """Starts a program, which does not ignore SIGHUP even if these tests run under nohup."""
-    return subprocess.Popen([program, *map(str, args)], env=environment(),
-                            **{"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE,
-                               "stderr": subprocess.PIPE, "preexec_fn": lambda: signal.signal(
-                                   signal.SIGHUP, signal.SIG_DFL)} | more)
+    """Starts a program, which does not ignore SIGHUP even if these tests run under nohup, and does
+    not outlive them."""
+    process = subprocess.Popen([program, *map(str, args)], env=environment(),
+                               **{"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE,
+                                  "stderr": subprocess.PIPE, "preexec_fn": lambda: signal.signal(
+                                      signal.SIGHUP, signal.SIG_DFL)} | more)
+    atexit.register(lambda: process.poll() is None and process.kill())
+    return process
 
 
 def wait_for(path):
