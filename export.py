@@ -9,6 +9,7 @@
     python export.py CONFIG.json model.bin --init SEED                a fresh model
     python export.py model.bin small.bin [--dtype q8]                 no training state, other type
     python export.py old.bin new.bin                                  version 1 becomes version 2
+    python export.py TOKENIZER_DIR tok.bin                            a tokenizer alone
     python export.py DEEPSEEK_V2_DIR model.bin --upcycle 2            DeepSeek-V2 becomes a CoE
 
 model.bin, version 2, little-endian; every part and every tensor begins at a multiple of 64 bytes:
@@ -22,7 +23,8 @@ model.bin, version 2, little-endian; every part and every tensor begins at a mul
     +--------------------+  + files_bytes
     | tokenizer          |  the tables of a byte-level BPE, see [9]; nothing for bytes and none
     +--------------------+  + tokenizer_bytes
-    | weights            |  tensors() of [2]; the experts of a layer are one block, so are its gates
+    | weights            |  tensors() of [2]; the experts of a layer are one block, so are its gates;
+    |                    |  none in a tokenizer alone, whose config has only what concerns texts
     +--------------------+  file_bytes - state_bytes
     | training state     |  belongs to ./train: never written here, never read
     +--------------------+  file_bytes
@@ -33,12 +35,12 @@ source for some rows at a time, which is all that is in memory. Read [1] to [4] 
 becomes a model.bin; the rest serves those, or is another way through them.
 
     [1] config                 [5] the way back: model.bin to a checkpoint     [9]  tokenizers
-    [2] tensors                [6] fresh models, upcycled models               [10] patterns
-    [3] reading a checkpoint   [7] the command line
+    [2] tensors                [6] fresh and upcycled models, a tokenizer      [10] chat templates
+    [3] reading a checkpoint   [7] the command line                            [11] patterns
     [4] writing model.bin      [8] checks, errors and files
 """
-import argparse, base64, contextlib, functools, glob, json, math, os, re, shutil, signal, struct
-import sys, time, unicodedata, zlib
+import argparse, base64, contextlib, functools, glob, itertools, json, math, os, re, shutil, signal
+import struct, subprocess, sys, time, unicodedata, zlib
 from typing import NamedTuple
 
 try:
@@ -58,18 +60,21 @@ except ImportError as e:                # --help and read_header() do without; m
 # A model has the keys of CONFIG, a row each, under the names they have in a checkpoint's files. C
 # has the same rows in the same order: config_keys in lib/config.h.
 
-INT, NUM, BOOL, TEXT = "INT", "NUM", "BOOL", "TEXT"
+INT, NUM, BOOL, TEXT, IDS = "INT", "NUM", "BOOL", "TEXT", "IDS"
 NULL = True
 ROPE = "rope_scaling."                  # a nested object, here with a dot in its keys' names
 CONFIG_JSON = "config.json"
 GENERATION, SETTINGS = "generation_config.json", "tokenizer_config.json"
+GENERATED = "generation_config."        # its eos_token_id is not config.json's
+MOST_ENDS = 8                           # ids that an IDS may have
 
 
 class Key(NamedTuple):
     """A row of CONFIG."""
     name: str
-    kind: object                # INT, NUM, BOOL, TEXT, or a tuple of the words that are allowed
-    least: float = 0            # the range of an INT or a NUM
+    kind: object                # INT, NUM, BOOL, TEXT, a tuple of the words that are allowed, or
+                                # IDS: a list of ids, which in JSON may be one id, or null for none
+    least: float = 0            # the range of an INT, a NUM or of each id
     most: float = 0
     default: object = ...       # the value where the key is missing; ... where it must be there.
                                 # A number below the range says that the model has none
@@ -120,19 +125,22 @@ CONFIG = [Key(*row) for row in (
     ("tie_word_embeddings",     BOOL, 0,      1,     False),
     ("initializer_range",       NUM,  0,      1e9,   0.02),
     ("bos_token_id",            INT,  0,      2**24, -1,     NULL),
-    ("eos_token_id",            INT,  0,      2**24, -1,     NULL),
+    ("eos_token_id",            IDS,  0,      2**24, (),     NULL),
+    (GENERATED + "eos_token_id", IDS, 0,      2**24, (),     NULL, GENERATION),
     ("torch_dtype",             ("float32", "bfloat16"), 0, 0, "float32"),
     ("temperature",             NUM,  0,      1e9,   -1.0,   False, GENERATION),
     ("top_k",                   INT,  0,      2**24, -1,     False, GENERATION),
     ("top_p",                   NUM,  0,      1,     -1.0,   False, GENERATION),
     ("min_p",                   NUM,  0,      1,     -1.0,   False, GENERATION),
     ("repetition_penalty",      NUM,  1e-30,  1e9,   -1.0,   False, GENERATION),
-    ("add_bos_token",           BOOL, 0,      1,     False,  False, SETTINGS),
-    ("chat_template",           ("none", "deepseek_v2"), 0, 0, "none", False, ""),
+    ("add_bos_token",           BOOL, 0,      1,     False,  False, ""),
+    ("chat_template",           ("none", "deepseek_v2", "pieces"), 0, 0, "none", False, ""),
+    *((f"chat.{piece}",         TEXT, 0,      0,     "",     False, "") for piece in (
+        "begin", "system", "system_user", "user_assistant", "assistant_user", "answer", "trim")),
     ("default_prompt",          TEXT, 0,      0,     ""),                   # of ./run
 )]
 STORED = [Key(*row) for row in (        # what only a model.bin says
-    ("weight_type",             ("f32", "bf16", "q8")),         # of matrices; all else is f32
+    ("weight_type",             ("f32", "bf16", "q8", "none")), # of matrices; all else is f32
     ("tokenizer",               ("none", "bytes", "bpe")),
     ("coe_weights",             BOOL),                          # whether it is an upcycled model
 )]
@@ -156,18 +164,21 @@ class Tensor(NamedTuple):
 
 
 MATRIX, GATE, NORM, BIAS, COE = "matrix", "gate", "norm", "bias", "coe_weights"
+EMBEDDING, LM_HEAD = "model.embed_tokens.weight", "lm_head.weight"
 
 
 def tensors(c):
     """Every Tensor of the model with this config, in the order of model.bin. No other place names
     them. A tensor that a model does not have has 0 copies in the table, and is left out."""
+    if c.weight_type == "none":
+        return
     V, d, H, I = c.vocab_size, c.hidden_size, c.num_attention_heads, c.intermediate_size
     dn, dr, dv = c.qk_nope_head_dim, c.qk_rope_head_dim, c.v_head_dim
     r, R, f = c.q_lora_rank, c.kv_lora_rank, c.moe_intermediate_size
     E, S, C = c.n_routed_experts, c.n_shared_experts, c.inner_iter
     bias, own_gates, coe = c.attention_bias, c.use_igate, c.coe_weights
 
-    yield Tensor("model.embed_tokens.weight", 1, (V, d), MATRIX)
+    yield Tensor(EMBEDDING, 1, (V, d), MATRIX)
     for l in range(c.num_hidden_layers):
         moe = E > 0 and l >= c.first_k_dense_replace and l % c.moe_layer_freq == 0
         for name, copies, shape, kind in (
@@ -201,7 +212,7 @@ def tensors(c):
                 yield Tensor(f"model.layers.{l}." + name, int(copies), shape, kind)
     yield Tensor("model.norm.weight", 1, (d,), NORM)
     if not c.tie_word_embeddings:
-        yield Tensor("lm_head.weight", 1, (V, d), MATRIX)
+        yield Tensor(LM_HEAD, 1, (V, d), MATRIX)
 
 
 # ---- [3] reading a checkpoint -------------------------------------------------------------------
@@ -226,16 +237,13 @@ class Checkpoint:
         self.places = {}        # name -> open file, its path, type, shape, where its bytes begin
         for path, names in shards(folder):
             self.places |= places_in(path, names)
+        self.places = with_plain_names(self.places, folder)
         c["coe_weights"] = any(".mlp.coe_weights." in name for name in self.places)
         check_together(c, folder)
         check_tensors(self)
-        self.files = {}
-        for name in FILES:
-            path = os.path.join(folder, name)
-            if os.path.lexists(path):
-                with open_file(path) as f:
-                    self.files[name] = f.read()
+        self.files = embedded_files(folder)
         c |= defaults_in(self.files, folder)
+        check_together(c, folder)
 
     def read(self, t, copy, rows):
         name, _, first = self.locate(t, copy)
@@ -256,6 +264,36 @@ class Checkpoint:
         if down:
             return fused, (t.copies, rows, cols), copy * rows
         return fused, (t.copies, 2 * rows, cols), (2 * copy + part.startswith("up")) * rows
+
+
+def with_plain_names(places, folder):
+    """The places of tensors under their names in the model: without the prefixes of torch.compile
+    and DataParallel, and without inv_freq, a table that older code saved with the weights."""
+    out, taken = {}, set()
+    for name, place in places.items():
+        plain = re.sub(r"^((_orig_mod|module)\.)+", "", name)
+        if plain != name:
+            taken.add(name.removesuffix(plain))
+        if plain in out:
+            die(place[1], f"tensor {name} is there twice, once without {name.removesuffix(plain)}")
+        if not plain.endswith(".inv_freq"):
+            out[plain] = place
+    if taken:
+        note(f"{folder}: takes {' and '.join(sorted(taken))} off the names of tensors")
+    return out
+
+
+def embedded_files(folder, *without):
+    """{name: bytes} of the FILES that a folder has. vocab.json and merges.txt count where there is
+    no tokenizer.json."""
+    files = {}
+    for name in FILES:
+        path = os.path.join(folder, name)
+        if os.path.lexists(path) and name not in without and (
+                name not in (VOCAB, MERGES) or TOKENIZER not in files):
+            with open_file(path) as f:
+                files[name] = f.read()
+    return files
 
 
 def config_from_json(config, where):
@@ -285,7 +323,7 @@ GROUP = 64              # in q8, so many neighbours in a row share a scale
 def write_model_bin(source, path, weight_type):
     """Writes a model.bin whose matrices have this type."""
     c = Config(source.config, weight_type=weight_type)
-    config = "".join(f"{name} {to_text(key, c[name])}\n" for name, key in KEYS.items())
+    config = "".join(f"{name} {to_text(key, c[name])}\n" for name, key in KEYS.items() if name in c)
     files = [padded(struct.pack("<56sQ", name.encode(), len(data)) + data)
              for name, data in source.files.items()]
     parts = padded(config.encode()), b"".join(files), source.tokenizer_section
@@ -338,10 +376,10 @@ def write_array(f, array, progress):
 def to_text(key, value):
     """A value as it stands in a line of model.bin's config, which is how ./train's options are
     written: a bare word, true, false, null, or a number with as few digits as read back the same;
-    a text is a JSON string. Generation defaults are never null: -1 says that there is none."""
+    a text is a JSON string, and several ids are a JSON list. Generation defaults are never null: -1 says that there is none."""
     if key.kind == TEXT:
         return json.dumps(value, ensure_ascii=False)
-    value = None if is_null(key, value) else value
+    value = to_value(key, value)
     return value if isinstance(value, str) else json.dumps(value).removesuffix(".0")
 
 
@@ -433,6 +471,8 @@ def read_header(f, path):
         if value % 64 or value > most:
             die(path, f"{name} is {value}, must be a multiple of 64 up to {most}")
     config = f.read(sizes[1])
+    if re.search(rb"^weight_type none$", config, re.MULTILINE):
+        die(path, "is a tokenizer alone, must be a model: ./train --tokenizer takes it")
     c = config_of_lines(config, path) if version == 2 else config_of_slots(data[40:] + config, path)
     check_together(c, path)
     if (c.tokenizer == "bpe") != (sizes[3] > 0):
@@ -476,8 +516,11 @@ def from_text(key, text, where):
         value = None
         with contextlib.suppress(ValueError):
             value = json.loads(text) if text[:1] == text[-1:] == '"' else None
-    if key.kind == INT and re.fullmatch("-?[0-9]{1,18}", text):
+    if key.kind in (INT, IDS) and re.fullmatch("-?[0-9]{1,18}", text):
         value = int(text)
+    if key.kind == IDS and re.fullmatch(r"\[[0-9, ]{1,99}\]", text):
+        with contextlib.suppress(ValueError):
+            value = json.loads(text)
     if key.kind == NUM and re.fullmatch(r"-?[0-9]{1,99}(\.[0-9]{0,99})?(e[-+]?[0-9]{1,3})?", text):
         value = float(text)
     return check_stored(key, value, where)
@@ -485,6 +528,8 @@ def from_text(key, text, where):
 
 def check_stored(key, value, where):
     """check() for a value in a model.bin, where it may also be the key's default."""
+    if key.kind == IDS and value == -1:
+        return ()
     if type(value) is type(key.default) and value == key.default:
         return value
     return check(key, value, where)
@@ -565,6 +610,8 @@ def write_checkpoint(source, folder, model_type):
     dtype = "BF16" if c.torch_dtype == "bfloat16" else "F32"
     kind = np.dtype(TYPES[dtype])
     places = {t.name.format(i): (t, i) for t in tensors(c) for i in range(t.copies)}
+    if c.tie_word_embeddings:           # not all readers tie them, so it is there twice
+        places[LM_HEAD] = places[EMBEDDING]
     if model_type == "deepseek_v2":
         must_be_deepseek(source, "a deepseek_v2 has")
         warn_of_transformers(c, folder)
@@ -621,7 +668,7 @@ def config_to_json(c, model_type):
                            "AutoModelForCausalLM": "modeling_coe.CoeForCausalLM"}
     rope = {}
     for key in CONFIG:
-        value = None if is_null(key, c[key.name]) else c[key.name]
+        value = to_value(key, c[key.name])
         if key.name.startswith(ROPE):
             rope[key.name.removeprefix(ROPE)] = value
         elif key.kind == TEXT and not value:
@@ -631,54 +678,64 @@ def config_to_json(c, model_type):
     if rope["type"] == "linear":        # all that is looked at then
         rope = {key: rope[key] for key in ("type", "factor", "mscale_all_dim") if rope[key] != 0}
     out["rope_scaling"] = rope if rope["type"] else None
-    out |= {key: FIXED[key] for key in ("hidden_act", "scoring_func", "attention_dropout")}
-    return out | {"ep_size": 1, "num_key_value_heads": c.num_attention_heads}
+    out |= {key: FIXED[key] for key in ("hidden_act", "scoring_func")}
+    return out | {"attention_dropout": 0.0, "ep_size": 1, "num_key_value_heads": c.num_attention_heads}
 
 
 def files_with_defaults(source):
     """The embedded files as they go into a checkpoint: as they are, unless the model's defaults
-    have changed since, for which ./train has options. Then generation_config.json or
-    tokenizer_config.json say what the model's config says."""
+    have changed since, for which ./train has options. Then generation_config.json, or the files of
+    the tokenizer, say what the model's config says."""
     c, files = source.config, dict(source.files)
-    said = {key.name: key.default for key in CONFIG if key.file != CONFIG_JSON}
-    said["add_bos_token"] = c.tokenizer == "bytes"
-    if c.tokenizer == "bpe" and "tokenizer.json" in files:
-        said["add_bos_token"] = begins_with_bos(parse_json(files["tokenizer.json"], source.path), c)
-    said |= defaults_in(files, source.path)
-    for name in (GENERATION, SETTINGS):
-        keys = [key for key in CONFIG if key.file == name]
-        if all(c[key.name] == said[key.name] for key in keys):
-            continue
-        old = parse_json(files[name], name) if name in files else None
-        new = {key.name: c[key.name] for key in keys
-               if c[key.name] != key.default or key.kind == BOOL}
-        if name == GENERATION:
-            if old is None:             # what transformers would make of config.json
-                ids = "bos_token_id", "eos_token_id"
-                old = {key: c[key] if c[key] >= 0 else None for key in ids}
-            if new:                     # greedy is no temperature there, but this flag
-                new["do_sample"] = new.get("temperature") != 0
-            if not c.temperature:
-                del new["temperature"]
-            old = {key: value for key, value in old.items() if key not in {"do_sample", *said}}
-        if old is not None:             # a tokenizer's file is not made up
-            files[name] = to_json(old | new)
+    keys = [key for key in CONFIG if key.file == GENERATION]
+    said = {key.name: key.default for key in keys} | defaults_in(files, source.path)
+    if any(c[key.name] != said[key.name] for key in keys):
+        new = {in_file(key): to_value(key, c[key.name]) for key in keys
+               if c[key.name] != key.default}
+        if GENERATION in files:
+            old = parse_json(files[GENERATION], GENERATION)
+        else:                           # what transformers would make of config.json
+            old = {name: to_value(KEYS[name], c[name]) for name in ("bos_token_id", "eos_token_id")}
+        new["do_sample"] = c.temperature != 0                  # there, this flag is what greedy is
+        if not c.temperature:
+            del new["temperature"]
+        ours = {"do_sample"} | {in_file(key) for key in keys if key.kind != IDS}
+        files[GENERATION] = to_json({k: v for k, v in old.items() if k not in ours} | new)
+    if c.tokenizer == "bpe":
+        files |= files_with_bos(c, files)
     return files
 
 
+def files_with_bos(c, files):
+    """The files of a tokenizer that are not what add_bos_token says: tokenizer.json's
+    post_processor, by which transformers 5 goes, and add_bos_token, by which older ones do."""
+    new, settings = {}, parse_json(files.get(SETTINGS, b"{}"), SETTINGS)
+    if TOKENIZER in files:
+        found = parse_json(files[TOKENIZER], TOKENIZER)
+        if begins_with_bos(found, c) == c.add_bos_token or c.bos_token_id < 0:
+            return {}
+        found["post_processor"] = with_bos_or_not(found, c)
+        new[TOKENIZER] = to_json(found)
+    elif settings.get("add_bos_token", False) == c.add_bos_token:
+        return {}
+    return new | {SETTINGS: to_json(settings | {"add_bos_token": c.add_bos_token})}
+
+
+def in_file(key):
+    """The name of a key in its file."""
+    return key.name.removeprefix(GENERATED)
+
+
 def defaults_in(files, folder):
-    """{key: value} of what generation_config.json and tokenizer_config.json say."""
-    out = {}
-    for name in (GENERATION, SETTINGS):
-        path = os.path.join(folder, name)
-        found = parse_json(files[name], path) if name in files else {}
-        if name == GENERATION:
-            found = {key: value for key, value in found.items() if value is not None}
-            if found.get("do_sample") is False:
-                found["temperature"] = 0
-        out |= {key.name: check(key, found[key.name], path) for key in CONFIG
-                if key.file == name and key.name in found}
-    return out
+    """{key: value} of what generation_config.json says. Without do_sample it is greedy."""
+    path = os.path.join(folder, GENERATION)
+    if GENERATION not in files:
+        return {}
+    found = {k: v for k, v in parse_json(files[GENERATION], path).items() if v is not None}
+    if found.get("do_sample") is not True:
+        found["temperature"] = 0
+    return {key.name: check(key, found[in_file(key)], path) for key in CONFIG
+            if key.file == GENERATION and in_file(key) in found}
 
 
 def must_be_deepseek(source, who):
@@ -739,14 +796,19 @@ def config_of_slots(data, path):
     return c
 
 
-# ---- [6] fresh models, upcycled models ----------------------------------------------------------
+# ---- [6] fresh and upcycled models, a tokenizer -------------------------------------------------
 
 class Fresh:
-    """A source: random weights for the config of a config.json, as the paper's runs begin."""
+    """A source: random weights for the config of a config.json, as the paper's runs begin, and the
+    tokenizer that lies beside it."""
 
     def __init__(self, path, seed):
-        self.path, self.files, self.tokenizer_section = path, {}, b""
+        folder = os.path.dirname(path) or "."
+        self.path = path
         self.config = config_from_json(read_json(path), path)
+        self.tokenizer_section = read_tokenizer(folder, self.config)
+        self.files = embedded_files(folder, GENERATION) if self.config.tokenizer != "none" else {}
+        check_together(self.config, path)
         self.random = np.random.default_rng(seed)
 
     def read(self, t, copy, rows):
@@ -784,6 +846,25 @@ class Upcycled:
             if not self.source.config.use_igate:
                 t = t._replace(name=t.name.replace("gate.{}.", "gate."))
         return self.source.read(t, copy, rows)
+
+
+class TokenizerAlone:
+    """A source without weights: the tokenizer of a folder, or a tokenizer.json with what lies beside
+    it. Its config has the keys that concern texts."""
+
+    def __init__(self, path):
+        folder = path if os.path.isdir(path) else os.path.dirname(path) or "."
+        self.path = path
+        self.config = c = Config({name: KEYS[name].default for name in KEYS if name in (
+            "bos_token_id", "eos_token_id", "add_bos_token") or name.startswith("chat")})
+        c |= {"weight_type": "none", "tokenizer": "none", "coe_weights": False}
+        c["vocab_size"] = KEYS["vocab_size"].most
+        self.tokenizer_section = read_tokenizer(folder, c, alone=True)
+        if c.tokenizer == "none":
+            die(path, "has no tokenizer.json, and no vocab.json with merges.txt")
+        n_tokens, = struct.unpack_from("<I", self.tokenizer_section or struct.pack("<I", 258))
+        c["vocab_size"] = n_tokens
+        self.files = embedded_files(folder, GENERATION)
 
 
 # ---- [7] the command line -----------------------------------------------------------------------
@@ -842,10 +923,19 @@ def convert(a):
     if MISSING:
         raise Failure(MISSING)
     np.seterr(all="ignore")             # a NaN among the weights stays one, without a warning
+    path = snapshot(a.source)
     if a.init is not None:
-        source = Fresh(a.source, a.init)
+        source = Fresh(path, a.init)
+    elif os.path.isdir(path):
+        there = {*os.listdir(path)}
+        alone = there & {TOKENIZER, VOCAB} and CONFIG_JSON not in there and not any(
+            name.endswith(".safetensors") for name in there)
+        source = TokenizerAlone(path) if alone else Checkpoint(path)
     else:
-        source = Checkpoint(a.source) if os.path.isdir(a.source) else ModelBin(a.source)
+        alone = os.path.basename(path) == TOKENIZER and os.path.isfile(path)
+        source = TokenizerAlone(path) if alone else ModelBin(path)
+    if source.config.weight_type == "none" and (a.dtype or a.upcycle or a.to_folder):
+        die(path, "is a tokenizer alone, which becomes a tok.bin and has no weights")
     if a.upcycle:
         source = Upcycled(source, a.upcycle)
     if source.config.weight_type == "q8" and (a.to_folder or a.dtype not in (None, "q8")):
@@ -859,6 +949,9 @@ def convert(a):
 def main():
     """Returns the exit code, None for success. Errors are one line."""
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # cleans up as an interrupt does
+    if sys.argv[1:] == [RENDER]:
+        print(json.dumps(render_here(*json.load(sys.stdin))))
+        return 0
     try:
         convert(a := arguments())
     except Failure as e:
@@ -894,9 +987,11 @@ def note(text):
     print("export:", text, file=sys.stderr)
 
 
-def is_null(key, value):
-    """Whether this value of a key is null in JSON."""
-    return key.null and (value is None or key.kind == INT and value < key.least)
+def to_value(key, value):
+    """A key's value as it stands in JSON: with null, and one id alone instead of a list of it."""
+    if key.kind == IDS:
+        return value[0] if len(value) == 1 else list(value) or None
+    return None if key.null and key.kind == INT and value < key.least else value
 
 
 def check(key, value, where):
@@ -905,6 +1000,10 @@ def check(key, value, where):
         die(where, f"{key.name} is missing")
     if value is ... or value is None and key.null:
         return key.default
+    if key.kind == IDS:
+        ids = value if isinstance(value, list) else [value]
+        if len(ids) <= MOST_ENDS and all(type(i) is int and key.least <= i <= key.most for i in ids):
+            return tuple(dict.fromkeys(ids))
     if isinstance(key.kind, tuple):
         if value in key.kind:
             return value
@@ -919,10 +1018,12 @@ def check(key, value, where):
         must = "a text"
     else:
         integer = key.kind == INT
-        if type(value) in ((int,) if integer else (int, float)) and key.least <= value <= key.most:
+        numbers = (int,) if integer else (int, float)
+        if key.kind != IDS and type(value) in numbers and key.least <= value <= key.most:
             return value if integer else float(value)
         must = f"{'an integer' if integer else 'a number'} in {key.least}..{key.most}"
-        must += " or null" * key.null
+        must = must.replace(" number", "n integer") if key.kind == IDS else must
+        must += f", a list of up to {MOST_ENDS} of them" * (key.kind == IDS) + " or null" * key.null
     die(where, f"{key.name} is {json.dumps(value)[:80]}, must be {must}")
 
 
@@ -935,8 +1036,11 @@ def check_together(c, where):
     need(c.qk_rope_head_dim % 2 == 0, "qk_rope_head_dim", "even")
     need(c.first_k_dense_replace <= c.num_hidden_layers, "first_k_dense_replace",
          f"at most num_hidden_layers, {c.num_hidden_layers}")
-    for name in ("bos_token_id", "eos_token_id"):
-        need(c[name] < c.vocab_size, name, f"below vocab_size, {c.vocab_size}")
+    need(c.bos_token_id < c.vocab_size, "bos_token_id", f"below vocab_size, {c.vocab_size}")
+    for name in ("eos_token_id", GENERATED + "eos_token_id"):
+        for i in c[name]:
+            if i >= c.vocab_size:
+                die(where, f"{name} is {i}, must be below vocab_size, {c.vocab_size}")
     if E:
         need(K <= E, "num_experts_per_tok", f"1..{E} (n_routed_experts)")
     if E and c.topk_method == "group_limited_greedy":
@@ -958,24 +1062,28 @@ def with_old_names(config, where):
     """A config.json in which what has been renamed has its older name, and rope_scaling's keys
     stand beside the others. Keys that are null and not looked at are left out."""
     config = dict(config)
-    for new, old in (("dtype", "torch_dtype"), ("rope_parameters", "rope_scaling")):
-        if (value := config.pop(new, None)) is not None:
-            config[old] = value
-    rope = config.pop("rope_scaling", None) or {}
-    if not isinstance(rope, dict):
-        die(where, f"rope_scaling is {json.dumps(rope)[:80]}, must be null or an object")
-    rope = {"type" if name == "rope_type" else name: value for name, value in rope.items()}
+    if (value := config.pop("dtype", None)) is not None:
+        config["torch_dtype"] = value
+    rope = one_rope(config, where)
     if "rope_theta" in rope:
         config["rope_theta"] = rope.pop("rope_theta")
-    if rope and rope.get("type") != "default":
+    if rope and rope.get("type", "default") != "default":
         for name in ("type", "factor"):
             if rope.get(name) is None:
                 die(where, f"{ROPE}{name} is missing")
-        config |= {ROPE + name: value for name, value in rope.items()}
+        config |= {ROPE + name: value for name, value in rope.items() if value is not None}
+        if rope["type"] == "yarn" and rope.get("original_max_position_embeddings") is None:
+            note(f"{where}: warning: rope_scaling.original_max_position_embeddings is missing: here "
+                 "it is 4096, as in the authors' code; transformers takes max_position_embeddings")
 
     dtype = str(config.get("torch_dtype") or "float32").removeprefix("torch.")
-    config["torch_dtype"] = "float32" if dtype == "float16" else dtype
+    config["torch_dtype"] = "float32" if dtype in ("float16", "auto") else dtype
     config["n_shared_experts"] = config.get("n_shared_experts") or None
+    if config.get("topk_method") is None:
+        config["topk_method"] = "greedy"
+    layers, dense = config.get("num_hidden_layers"), config.get("first_k_dense_replace")
+    if type(layers) is type(dense) is int and dense > layers:  # all of them are dense
+        config["first_k_dense_replace"] = layers
     for name, needs in (("n_routed_experts", ("moe_intermediate_size", "num_experts_per_tok")),
                         ("topk_method", ("n_group", "topk_group"))):
         for other in needs:
@@ -987,12 +1095,38 @@ def with_old_names(config, where):
     return config
 
 
-FIXED = {"hidden_act": "silu", "scoring_func": "softmax", "attention_dropout": 0.0,
+def one_rope(config, where):
+    """Takes rope_scaling and rope_parameters out of a config.json, and returns the one that counts
+    with `type` as the name of its kind. Where they contradict each other transformers decides:
+    rope_scaling counts before rope_parameters, and rope_type before type."""
+    ropes = []
+    for name in ("rope_scaling", "rope_parameters"):
+        rope = config.pop(name, None) or {}
+        if not isinstance(rope, dict):
+            die(where, f"{name} is {json.dumps(rope)[:80]}, must be null or an object")
+        rope, kinds = dict(rope), [rope[key] for key in ("rope_type", "type")
+                                   if rope.get(key) is not None]
+        if len(kinds) == 2 and kinds[0] != kinds[1]:
+            note(f"{where}: warning: {name} has the rope_type {json.dumps(kinds[0])[:80]} and the "
+                 f"type {json.dumps(kinds[1])[:80]}: rope_type counts, as in transformers")
+        for key in ("rope_type", "type"):
+            rope.pop(key, None)
+        if kinds:
+            rope["type"] = kinds[0]
+        if rope:
+            ropes.append(rope)
+    if len(ropes) == 2 and ropes[0] != ropes[1]:
+        note(f"{where}: warning: rope_scaling and rope_parameters differ: rope_scaling counts, as in "
+             "transformers")
+    return ropes[0] if ropes else {}
+
+
+FIXED = {"hidden_act": "silu", "scoring_func": "softmax",
          "mlp_bias": False, "quantization_config": None, ROPE + "truncate": True,
          ROPE + "attention_factor": None}                      # the only values that are computed
 IGNORED = set("""model_type architectures auto_map transformers_version _name_or_path use_cache
     pad_token_id ep_size pretraining_tp num_key_value_heads head_dim qk_head_dim
-    output_router_logits""".split())                           # make no difference to the model
+    output_router_logits attention_dropout""".split())         # make no difference to the model
 
 
 def check_computed(config, where):
@@ -1036,9 +1170,10 @@ def places_in(path, names):
     """Checkpoint.places of one safetensors file, which must hold the tensors of these names and no
     others. The library checks the file, but does not see a name that is there twice; and to read
     some rows it would read the whole tensor. So it is read here, and not by the library."""
-    with blame(path), safe_open(path, framework="numpy", backend="pread") as f:
-        found = set(f.keys())
     f = open_file(path)
+    must_be_whole(f, path)
+    with blame(path), safe_open(path, framework="numpy", backend="pread") as opened:
+        found = set(opened.keys())
     start = 8 + int.from_bytes(f.read(8), "little")
     header = parse_json(f.read(start - 8), path)
     for name in sorted(found ^ (names or found)):
@@ -1048,9 +1183,25 @@ def places_in(path, names):
                    start + header[name]["data_offsets"][0]) for name in found}
 
 
+def must_be_whole(f, path):
+    """Refuses an open safetensors file that is shorter than it says, which is what a download leaves
+    that did not end. What else may be wrong with it the library says."""
+    size, start = os.fstat(f.fileno()).st_size, 8 + int.from_bytes(f.read(8), "little")
+    with contextlib.suppress(ValueError, TypeError, LookupError, AttributeError, RecursionError):
+        end = start
+        if start <= min(size, MOST_HEADER):
+            header = json.loads(f.read(start - 8))
+            end += max(value["data_offsets"][1] for name, value in header.items()
+                       if name != "__metadata__")
+        if 8 < size < end <= 2**62 and start < MOST_HEADER:
+            die(path, f"is {end - size} bytes shorter than its header says: was its download cut off?")
+    f.seek(0)
+
+
+MOST_HEADER = 10**8     # bytes of a safetensors header, at most
 HINTS = {"e_score_correction_bias": "sigmoid scoring is not computed",
          "weight_scale_inv": "fp8 weights are not read, convert them to bfloat16",
-         "lm_head": "tie_word_embeddings is true"}             # why a tensor may be unknown
+         "lm_head.bias": "a bias of lm_head is not computed"}  # why a tensor may be unknown
 
 
 def check_tensors(checkpoint):
@@ -1069,6 +1220,11 @@ def check_tensors(checkpoint):
                 if dtype not in TYPES:
                     die(path, f"tensor {name} is {dtype}, must be F32, BF16 or F16")
                 known.add(name)
+    if c.tie_word_embeddings and LM_HEAD in places:
+        known.add(LM_HEAD)
+        if not same_tensor(places[EMBEDDING], places[LM_HEAD]):
+            die(places[LM_HEAD][1], f"tensor {LM_HEAD} is not {EMBEDDING}, though "
+                "tie_word_embeddings is true: one of the two is wrong")
     for name in sorted(places.keys() - known):
         hint = [hint for part, hint in HINTS.items() if part in name]
         die(places[name][1], f"tensor {name} is unknown: "
@@ -1077,8 +1233,23 @@ def check_tensors(checkpoint):
     c["torch_dtype"] = "bfloat16" if types == {"BF16"} else "float32"
 
 
+def same_tensor(a, b):
+    """Whether two tensors of a checkpoint, of which a is one of the model's matrices, hold the same
+    numbers."""
+    if a[3] != b[3] or b[2] not in TYPES:
+        return False
+    for rows in blocks(Tensor("", 1, tuple(a[3]), MATRIX)):
+        x, y = (rows_at(f, path, start, np.dtype(TYPES[dtype]), rows, tuple(shape[1:]))
+                .astype(np.float32) for f, path, dtype, shape, start in (a, b))
+        if not np.array_equal(x, y, equal_nan=True):
+            return False
+    return True
+
+
 def describe(c):
     """The model in one line. Active: the parameters that one token is multiplied with."""
+    if c.weight_type == "none":
+        return f"a tokenizer of {c.vocab_size} tokens, without a model"
     total = active = 0
     for t in tensors(c):
         size, times = math.prod(t.shape), t.copies
@@ -1129,7 +1300,32 @@ def check_crc(file, path, size, said):
 def open_file(path):
     if os.path.exists(path) and not os.path.isfile(path):
         die(path, "is a folder or a device, must be a file")
-    return open(path, "rb")
+    f = open(path, "rb")
+    if f.peek(24)[:24] == b"version https://git-lfs.":
+        die(path, "is a git-LFS pointer, not the file itself: git lfs pull fetches it")
+    return f
+
+
+def snapshot(path):
+    """The checkpoint that a path means. In the hub's cache that is the snapshot that main names."""
+    snapshots, main = (os.path.join(path, *name) for name in (("snapshots",), ("refs", "main")))
+    if not os.path.exists(path) and re.fullmatch(r"[\w.-]+/[\w.-]+", path):
+        die(path, f"is no file and no folder here; if it is on the Hugging Face hub: hf download "
+            f"{path} --local-dir {os.path.basename(path)}, and then that folder")
+    if not os.path.isdir(snapshots) or os.path.exists(os.path.join(path, CONFIG_JSON)):
+        return path
+    names = sorted(os.listdir(snapshots))
+    if os.path.isfile(main):
+        with open_file(main) as f:
+            name = f.read(100).decode(errors="replace").strip()
+        if name not in names:
+            die(main, f"names the snapshot {name}, which is not there")
+        names = [name]
+    if len(names) != 1:
+        die(snapshots, f"has {', '.join(names)[:200] or 'no snapshot'}, and there is no {main} that "
+            "names one: give the folder of one")
+    note(f"{path}: reads its snapshot {names[0]}")
+    return os.path.join(snapshots, names[0])
 
 
 def bytes_at(file, path, start, size):
@@ -1259,7 +1455,7 @@ def new_files(folder, names, size):
 #     merges        [merges, 4]   left, right, rank, result; sorted
 #     stages        [stages + 1]  of the pre-tokenizer: the first alternative of each,
 #     alternatives  [... + 1]     the first item of each,
-#     items         [items, 4]    kind, class, least, most, see [10]
+#     items         [items, 4]    kind, class, least, most, see [11]
 #     classes       [classes, 2]  the first range, how many
 #     ranges        [ranges, 2]   lowest and highest code point; sorted
 #     added         [added, 2]    tokens that are found in the text before all else, by their bytes:
@@ -1267,14 +1463,16 @@ def new_files(folder, names, size):
 #     normal        [normal, 3]   lowest and highest code point, and 255: text with it may not be in
 #                                 NFC; or else the combining class. Empty without flag 2
 
-FILES = ("tokenizer.json", SETTINGS, "special_tokens_map.json", GENERATION,
-         "chat_template.jinja")         # travel inside model.bin, byte by byte
+TOKENIZER, SPECIAL_MAP, ADDED = "tokenizer.json", "special_tokens_map.json", "added_tokens.json"
+TEMPLATE, VOCAB, MERGES = "chat_template.jinja", "vocab.json", "merges.txt"
+FILES = (TOKENIZER, SETTINGS, SPECIAL_MAP, GENERATION, TEMPLATE, ADDED, VOCAB, MERGES)
+                                        # these travel inside model.bin, byte by byte
 ADDED_FLAGS = {"special": 1, "lstrip": 2, "rstrip": 4, "normalized": 8}
 NOT_UTF8 = (0xC0, 0xC1, *range(0xF5, 0x100))                   # DeepSeek-V2 has no tokens for these
 GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
-DEEPSEEK_V2_CHAT = ["bos_token", r"'User: ' + message['content'] + '\n\n'",
-                    "'Assistant: ' + message['content'] + eos_token",
-                    r"message['content'] + '\n\n'", "'Assistant:'"]
+QWEN2 = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|"
+         r"\s*[\r\n]+|\s+(?!\S)|\s+")
+END_OF_TEXT = "<|endoftext|>"
 
 
 def byte_level():
@@ -1288,36 +1486,204 @@ def byte_level():
 BYTE_LEVEL = byte_level()
 
 
-def read_tokenizer(folder, c):
-    """Sets the tokenizer, add_bos_token and chat_template of the config c from the files of a
-    checkpoint. Returns the tokenizer section of model.bin, empty where the tokens are bytes."""
-    path, settings_path = (os.path.join(folder, name) for name in FILES[:2])
+def read_tokenizer(folder, c, alone=False):
+    """Sets the tokenizer, add_bos_token and the chat template of the config c from the files of a
+    checkpoint; where it is alone, bos_token_id and eos_token_id, too. Returns the tokenizer section
+    of model.bin, empty where the tokens are bytes."""
+    path, settings_path = os.path.join(folder, TOKENIZER), os.path.join(folder, SETTINGS)
     settings = read_json(settings_path) if os.path.lexists(settings_path) else {}
-    if not os.path.lexists(path):
-        return b""
-    found, (ours, _) = read_json(path), byte_tokenizer(c)
+    if os.path.lexists(path):
+        found = read_json(path)
+    else:
+        found, path = from_vocab_and_merges(folder, settings), os.path.join(folder, VOCAB)
+        if not found:
+            return b""
+    with blaming_tokenizer(path):
+        there = [(token["id"], token["content"])[1] for token in found.get("added_tokens", [])]
+        for text in there:
+            must(there.count(text) == 1, "added token {} is there twice", text)
+        found["model"]["vocab"].keys()
+    with blame(settings_path, "its special tokens: "):
+        found = with_outside_tokens(found, settings, folder, c.vocab_size)
+    ids = {token["content"]: token["id"] for token in found.get("added_tokens", [])}
+    ids |= found["model"]["vocab"]
+    for name in ("bos_token", "eos_token"):
+        if alone:
+            c |= {name + "_id": check(KEYS[name + "_id"], ids.get(text_of(settings.get(name))), path)}
+    (ours, _) = byte_tokenizer(c)
     same = all(found.get(part) == ours[part] for part in ("model", "normalizer", "pre_tokenizer",
                                                           "added_tokens"))
     c["tokenizer"] = "bytes" if same else "bpe"
+    with blaming_tokenizer(path):
+        section = b"" if same else bpe_section(found, c)
+        c["add_bos_token"] = begins_with_bos(found, c)
+    warn_of_settings(found, settings, ids, c, settings_path)
+    names = {name: text_of(settings[name]) for name in SPECIAL_NAMES if settings.get(name)}
+    c |= chat_template(folder, settings, names, ids, c)
+    return section
+
+
+@contextlib.contextmanager
+def blaming_tokenizer(path):
+    """What goes wrong inside becomes a line about a tokenizer.json."""
     with blame(path, "is not a tokenizer.json: "):
         try:
-            section = b"" if same else bpe_section(found, c)
-            c["add_bos_token"] = same or begins_with_bos(found, c)
+            yield
         except Failure as e:
             die(path, e)
         except KeyError as e:
             raise ValueError(f"{e} is missing")
-    ids = {token["content"]: token["id"] for token in found.get("added_tokens", [])}
-    ids |= found["model"]["vocab"]
+
+
+def text_of(token):
+    """The text of a token in the settings, where it may be an object."""
+    return token.get("content") if isinstance(token, dict) else token
+
+
+def warn_of_settings(found, settings, ids, c, where):
+    """Names what tokenizer_config.json says otherwise than what counts."""
     for name in ("bos_token", "eos_token"):
-        token, known = settings.get(name), c[name + "_id"]
-        token = token.get("content") if isinstance(token, dict) else token
-        if token is not None and ids.get(str(token), -1) != known:
-            note(f"{settings_path}: warning: {name} {json.dumps(token)} is "
-                 f"{ids.get(str(token), 'no token')}, {name}_id of config.json "
-                 f"{'null' if known < 0 else known}")
-    c["chat_template"] = chat_template(folder, settings, settings_path)
-    return section
+        token, known = text_of(settings.get(name)), c[name + "_id"]
+        known = (list(known) or [-1]) if name == "eos_token" else [known]
+        if token is not None and ids.get(token, -1) not in known:
+            known = ", ".join("null" if i < 0 else str(i) for i in known)
+            note(f"{where}: warning: {name} {json.dumps(token)} is {ids.get(token, 'no token')}, "
+                 f"{name}_id of config.json {known}")
+    said = settings.get("add_bos_token")
+    if said is not None and said != c.add_bos_token and c.bos_token_id >= 0:
+        note(f"{where}: warning: add_bos_token {json.dumps(said)} does not count, tokenizer.json's "
+             f"post_processor does: text gets {'' if c.add_bos_token else 'no '}BOS, as in "
+             "transformers 5 (transformers 4 differs)")
+    for part in parts(found.get("post_processor"), "processors"):
+        if part["type"] == "TemplateProcessing" and part["single"][-1].get("SpecialToken"):
+            note(f"{where}: warning: the tokenizer adds {part['single'][-1]['SpecialToken']['id']} "
+                 "behind every text, ./run does not")
+
+
+def from_vocab_and_merges(folder, settings):
+    """What a tokenizer.json would be for vocab.json and merges.txt: GPT-2's, or Qwen2's if
+    tokenizer_class says so. None where they are not there; then a note names what is."""
+    vocab, merges = os.path.join(folder, VOCAB), os.path.join(folder, MERGES)
+    if not (os.path.lexists(vocab) and os.path.lexists(merges)):
+        others = sorted({*os.listdir(folder)} & {"tokenizer.model", "spiece.model", "tekken.json",
+                                                 "vocab.txt", "tiktoken.model", VOCAB, MERGES})
+        if others:
+            note(f"{folder}: has {' and '.join(others)} but no tokenizer.json, so the model has no "
+                 "tokenizer: AutoTokenizer.from_pretrained(..).save_pretrained(..) writes one")
+        return None
+    kind = str(settings.get("tokenizer_class")).removesuffix("Fast")
+    qwen = kind == "Qwen2Tokenizer"
+    if not qwen and kind != "GPT2Tokenizer":
+        note(f"{folder}: has no tokenizer.json: vocab.json and merges.txt are read as GPT-2's")
+    for name in ("unk_token", "eos_token", "pad_token" if qwen else "bos_token"):
+        if qwen or kind == "GPT2Tokenizer":
+            settings.setdefault(name, END_OF_TEXT)
+    with blame(merges), open_file(merges) as f:
+        lines = f.read().decode().split("\n")
+    cut = {"type": "ByteLevel", "add_prefix_space": False, "use_regex": not qwen}
+    if qwen:
+        cut = {"type": "Sequence", "pretokenizers": [
+            {"type": "Split", "pattern": {"Regex": QWEN2}, "behavior": "Isolated"}, cut]}
+    bos = text_of(settings.get("bos_token")) if settings.get("add_bos_token") is True else None
+    return {"added_tokens": [], "normalizer": {"type": "NFC"} if qwen else None,
+            "pre_tokenizer": cut, "decoder": {"type": "ByteLevel"},
+            "post_processor": bos and template_processor(bos, read_json(vocab).get(bos, -1)),
+            "model": {"type": "BPE", "vocab": read_json(vocab), "merges": [
+                line.rstrip("\r") for line in lines if line.strip()]}}
+
+
+SPECIAL_NAMES = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token",
+                 "mask_token")
+NO_FLAGS = {"single_word": False, "lstrip": False, "rstrip": False}
+
+
+def with_outside_tokens(found, settings, folder, vocab_size):
+    """A tokenizer.json with the tokens, and the flags of tokens, that only other files have. What
+    they do is up to the program that reads them: here it is what transformers 5 does, step by step.
+    settings, of tokenizer_config.json, gets the names of special tokens from the older file."""
+    old = found.get("added_tokens", [])
+    known = {token["content"]: {k: v for k, v in token.items() if k != "id"} for token in old}
+    if "added_tokens_decoder" in settings:
+        outside = {int(i): as_token(t) for i, t in settings["added_tokens_decoder"].items()}
+        named = {token["content"]: token for token in outside.values()}
+    else:
+        path, outside = os.path.join(folder, SPECIAL_MAP), {}
+        for name, token in (read_json(path) if os.path.lexists(path) else {}).items():
+            settings[name] = as_token(token, special=True) if isinstance(token, dict) else token
+        special = {text_of(settings.get(name)) for name in SPECIAL_NAMES} | {
+            text_of(token) for token in extra_tokens(settings)}
+        path = os.path.join(folder, ADDED)
+        for content, i in (read_json(path) if os.path.lexists(path) else {}).items():
+            outside[i] = as_token(content, special=content in special)
+        named = {token["content"]: token for token in outside.values()}
+        outside |= {token["id"]: known[token["content"]] for token in old}
+        named |= known
+    named_specials = [settings[name] for name in SPECIAL_NAMES if settings.get(name)]
+    named_specials += [token for name, token in settings.items() if name.endswith("_token")
+                       and not name.startswith("add_") and name not in SPECIAL_NAMES
+                       and isinstance(token, str)]
+    named_specials = [named.get(text_of(token), token) for token in named_specials]
+
+    before = list(known.values())
+    first = [token for _, token in sorted(outside.items()) if token not in before]
+    there = {*known, *(token["content"] for token in first)}
+    for token in [*named_specials, *extra_tokens(settings)]:
+        if text_of(token) not in there and token not in first:
+            first.append(token)
+    special = {text_of(token) for token in named_specials}
+    added = Added(found)
+    for token in first:
+        token = as_token(token, special=True) if isinstance(token, str) else token
+        if token["content"] in special:
+            token["special"] = True
+        added.add(token)
+    for token in [*named_specials, *extra_tokens(settings)]:
+        added.add(as_token(token, special=True) | {"special": True})
+    new = {content: added.ids[content] for content in added.tokens if content not in known}
+    for fits, what in ((True, "adds, as transformers does,"), (False, "warning: leaves out")):
+        names = [f"{content} ({i})" for content, i in new.items() if (i < vocab_size) == fits]
+        if names:
+            note(f"{folder}: {what} tokens that tokenizer.json does not have: "
+                 + ", ".join(names)[:200] + f", for vocab_size is {vocab_size}" * (not fits))
+    for content in [content for content, i in new.items() if i >= vocab_size]:
+        del added.tokens[content]
+    return found | {"added_tokens": [{"id": added.ids[content]} | token
+                                     for content, token in added.tokens.items()]}
+
+
+class Added:
+    """Added tokens of a tokenizer, which grow as in Hugging Face's library: a token that has an id
+    keeps it, and takes over the flags of a later one with its text."""
+
+    def __init__(self, found):
+        self.vocab, self.ids, self.tokens = found["model"]["vocab"], {}, {}
+        for token in found.get("added_tokens", []):
+            self.ids[token["content"]] = token["id"]
+            self.tokens[token["content"]] = {k: v for k, v in token.items() if k != "id"}
+
+    def add(self, token):
+        content = token["content"]
+        if content:
+            end = max([len(self.vocab), *(i + 1 for i in self.ids.values())])
+            self.ids.setdefault(content, self.vocab.get(content, end))
+            self.tokens[content] = dict(token)
+
+
+def as_token(token, special=False):
+    """A token with its flags, from its text or an object with some of them."""
+    if not isinstance(token, dict):
+        return {"content": str(token)} | NO_FLAGS | {"normalized": not special, "special": special}
+    token = NO_FLAGS | {key: value for key, value in token.items() if key != "__type"}
+    token.setdefault("special", special)
+    token.setdefault("normalized", not token["special"])
+    must(isinstance(token["content"], str), "token {} must be a text", token["content"])
+    return token
+
+
+def extra_tokens(settings):
+    """Special tokens that have no name of their own."""
+    extra = settings.get("extra_special_tokens") or settings.get("additional_special_tokens") or []
+    return list(extra.values()) if isinstance(extra, dict) else list(extra)
 
 
 def byte_tokenizer(c):
@@ -1326,11 +1692,8 @@ def byte_tokenizer(c):
              "use_regex": False}
     special = {256: "<|beginoftext|>", 257: "<|endoftext|>"}   # ./train makes models of 257 alone
     with_bos, bos = None, special.get(c.bos_token_id)
-    if c.add_bos_token and bos:         # transformers looks at this, and not at add_bos_token
-        one = [{"SpecialToken": {"id": bos, "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}]
-        with_bos = {"type": "TemplateProcessing", "single": one,
-                    "pair": [*one, {"Sequence": {"id": "B", "type_id": 1}}],
-                    "special_tokens": {bos: {"id": bos, "ids": [c.bos_token_id], "tokens": [bos]}}}
+    if c.add_bos_token and bos:         # transformers 5 looks at this, and not at add_bos_token
+        with_bos = template_processor(bos, c.bos_token_id)
     tokenizer = {
         "version": "1.0", "truncation": None, "padding": None,
         "added_tokens": [{"id": i, "content": text, "single_word": False, "lstrip": False,
@@ -1342,29 +1705,34 @@ def byte_tokenizer(c):
                   "fuse_unk": False, "byte_fallback": False, "ignore_merges": False,
                   "vocab": BYTE_LEVEL, "merges": []}}
     config = {"tokenizer_class": "PreTrainedTokenizerFast", "add_bos_token": c.add_bos_token,
-              "bos_token": bos, "eos_token": special.get(c.eos_token_id),
+              "bos_token": bos, "eos_token": special.get(first_eos(c)),
               "pad_token": special[257], "clean_up_tokenization_spaces": False,
               "model_max_length": c.max_position_embeddings}
     return tokenizer, config
 
 
-def chat_template(folder, settings, where):
-    """Which of the chats that run.c knows this is. What the template puts out decides."""
-    template, path = settings.get("chat_template"), os.path.join(folder, FILES[-1])
-    if isinstance(template, list):
-        with blame(where, "chat_template: "):
-            template = {t["name"]: t["template"] for t in template}.get("default")
-    if os.path.lexists(path):
-        where = path
-        with blame(path), open_file(path) as f:
-            template = f.read().decode()
-    if template is None:
-        return "none"
-    outputs = re.findall(r"\{\{-?\s*(.*?)\s*-?\}\}", str(template), re.DOTALL)
-    if [output.replace("\n", r"\n") for output in outputs] == DEEPSEEK_V2_CHAT:
-        return "deepseek_v2"
-    note(f"{where}: the chat_template is not DeepSeek-V2's, so there is no ./run -m chat")
-    return "none"
+def template_processor(bos, i):
+    """The post_processor that puts BOS, of this text and id, in front of a text."""
+    one = [{"SpecialToken": {"id": bos, "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}]
+    return {"type": "TemplateProcessing", "single": one,
+            "pair": [*one, {"Sequence": {"id": "B", "type_id": 1}}],
+            "special_tokens": {bos: {"id": bos, "ids": [i], "tokens": [bos]}}}
+
+
+def with_bos_or_not(found, c):
+    """The post_processor of a tokenizer.json, changed to what add_bos_token says."""
+    if not c.add_bos_token:
+        rest = [part for part in parts(found.get("post_processor"), "processors")
+                if part["type"] != "TemplateProcessing"]
+        return {"type": "Sequence", "processors": rest} if rest else None
+    names = found["model"]["vocab"] | {t["content"]: t["id"] for t in found.get("added_tokens", [])}
+    return template_processor({i: name for name, i in names.items()}[c.bos_token_id],
+                              c.bos_token_id)
+
+
+def first_eos(c):
+    """The token that ends training texts; -1 where there is none."""
+    return c.eos_token_id[0] if c.eos_token_id else -1
 
 
 def begins_with_bos(found, c):
@@ -1471,7 +1839,7 @@ def added_tokens(found, c, nfc):
 
 
 def stages(pre_tokenizer):
-    """The alternatives (see [10]) of each stage of a pre-tokenizer, which cuts every piece that
+    """The alternatives (see [11]) of each stage of a pre-tokenizer, which cuts every piece that
     reaches it into the matches of its pattern and what is between them."""
     found = parts(pre_tokenizer, "pretokenizers")
     must(found and found[-1]["type"] == "ByteLevel",
@@ -1557,7 +1925,199 @@ def must(ok, what, *values):
         raise Failure(what.format(*map(show, values)) if values else what)
 
 
-# ---- [10] patterns ------------------------------------------------------------------------------
+# ---- [10] chat templates ------------------------------------------------------------------------
+# A chat template is a program in Jinja, which makes the text of a conversation. The C code has pieces
+# of text instead (lib/chat.h): of questions U and answers A, and maybe a system message S,
+#
+#     begin U user_assistant A assistant_user U ... U answer      or, with S in front,
+#     system S system_user U user_assistant A ... U answer
+#
+# So the template is run on conversations of known words, and what stands between these is taken as
+# the pieces. They are believed if they make of many other conversations what the template makes.
+
+PIECES = "begin", "system", "system_user", "user_assistant", "assistant_user", "answer"
+ROLES = "system", "user", "assistant"
+RENDER, SECONDS, MEMORY, MOST_TEXT = "--render-chat", 10, 2**31, 2**20
+WORDS = {role: [f"{role}Xq{i}z" for i in range(5)] for role in ROLES}
+ODD = {"system": ["\n\tbe brief. \n "],                        # texts on which templates differ
+       "user": ["  what?\n\n", "\u00a0and\x1cthen\n", "\n 1\t", "x", " no\r\n"],
+       "assistant": [" that \n", "<think>\nhm\n</think>\n\n so", "", "\t- a\n- b\n\n", "y"]}
+
+
+def conversation(turns, system, texts):
+    """Messages as a template gets them, which end with a question."""
+    messages = [{"role": "system", "content": texts["system"][0]}] if system else []
+    for i in range(turns):
+        messages.append({"role": "user", "content": texts["user"][i]})
+        messages.append({"role": "assistant", "content": texts["assistant"][i]})
+    return messages[:-1]
+
+
+PROBES = [conversation(turns, system, texts) for texts in (WORDS, ODD) for system in (False, True)
+          for turns in (1, 2, 3, 5)]
+
+
+def chat_template(folder, settings, names, ids, c):
+    """{key: value} of the config for the chat template of a checkpoint, if it has one that pieces
+    can stand for. names: the special tokens that a template may ask for."""
+    where, path = os.path.join(folder, SETTINGS), os.path.join(folder, TEMPLATE)
+    template = settings.get("chat_template")
+    if isinstance(template, list):
+        with blame(where, "chat_template: "):
+            template = {t["name"]: t["template"] for t in template}.get("default")
+    if os.path.lexists(path):
+        where = path
+        with blame(path), open_file(path) as f:
+            template = f.read().decode()
+    if template is None:
+        return {}
+    try:
+        pieces = unrolled(render(str(template), names))
+    except ValueError as e:
+        note(f"{where}: the chat_template {e}, so there is no ./run -m chat")
+        return {}
+    texts = {i: text for text, i in ids.items()}
+    bos, eos = texts.get(c.bos_token_id, ""), texts.get(first_eos(c), "")
+    if pieces == deepseek_v2(bos, eos):
+        return {"chat_template": "deepseek_v2"}
+    return {"chat_template": "pieces"} | {f"chat.{name}": text for name, text in pieces.items()}
+
+
+def deepseek_v2(bos, eos):
+    """The pieces of DeepSeek-V2, which model files have had a word for before there were pieces."""
+    return {"begin": bos + "User: ", "system": bos, "system_user": "\n\nUser: ",
+            "user_assistant": "\n\nAssistant: ", "assistant_user": eos + "User: ",
+            "answer": "\n\nAssistant:", "trim": ""}
+
+
+def unrolled(texts):
+    """The pieces of a template that makes these texts of PROBES, None where it refuses one.
+    ValueError says why there are none."""
+    made = {json.dumps(probe): text for probe, text in zip(PROBES, texts)}
+    text = lambda turns, system: made[json.dumps(conversation(turns, system, WORDS))]
+    plain, spoken = WORDS["user"], WORDS["assistant"]
+    parts = between(text(3, False), [plain[0], spoken[0], plain[1], spoken[1], plain[2]])
+    if not parts:
+        raise ValueError("does not have the messages, each once, in what it makes of three")
+    pieces = dict.fromkeys((*PIECES, "trim"), "")
+    pieces |= dict(zip(("begin", "user_assistant", "assistant_user"), parts), answer=parts[-1])
+    head = between(text(1, True) or "", [WORDS["system"][0], plain[0]])
+    if head:
+        pieces |= {"system": head[0], "system_user": head[1]}
+    has_system = bool(pieces["system"] or pieces["system_user"])
+
+    def wrong(trim):
+        """The probes of which the pieces make something else."""
+        for probe, wanted in zip(PROBES, texts):
+            messages = probe
+            if probe[0]["role"] == "system" and not has_system:     # refused, or left out
+                messages, wanted = probe[1:], wanted or made[json.dumps(probe[1:])]
+            if wanted != joined(pieces | {"trim": trim}, messages):
+                yield probe
+    trims = [" ".join(roles) for n in range(4) for roles in itertools.combinations(ROLES, n)]
+    fails = {trim: next(wrong(trim), None) for trim in trims}
+    pieces["trim"] = next((trim for trim in trims if fails[trim] is None), None)
+    if pieces["trim"] is None:
+        probe = max(fails.values(), key=PROBES.index)
+        turns = sum(message["role"] == "user" for message in probe)
+        kind = " of odd white space" * (probe[-1]["content"] not in plain)
+        system = " with a system message" * (probe[0]["role"] == "system")
+        raise ValueError(f"does more than put texts around messages (seen at {turns} "
+                         f"question{'s' * (turns > 1)}{kind}{system})")
+    if any("\0" in piece for piece in pieces.values()):
+        raise ValueError("makes NUL characters")
+    return pieces
+
+
+def between(text, marks):
+    """What stands around the marks, which must be in the text in this order and once; else None."""
+    parts = re.split("|".join(map(re.escape, marks)), text or "")
+    found = re.findall("|".join(map(re.escape, marks)), text or "")
+    return parts if found == marks else None
+
+
+def joined(pieces, messages):
+    """The text of a conversation, as lib/chat.h makes it."""
+    text, before = "", None
+    for message in messages:
+        role, content = message["role"], message["content"]
+        between = {"system": "system", "assistant": "user_assistant",
+                   "user": {None: "begin", "system": "system_user"}.get(before, "assistant_user")}
+        text += pieces[between[role]] + (content.strip() if role in pieces["trim"] else content)
+        before = role
+    return text + pieces["answer"]
+
+
+def render(template, names):
+    """What a template makes of PROBES, a list of texts, None where it refuses. The template may do
+    anything, so it runs in a process of its own that ends in any case. ValueError: why it failed."""
+    try:
+        done = subprocess.run([sys.executable, os.path.abspath(__file__), RENDER],
+                              input=json.dumps([template, names]).encode(), timeout=SECONDS,
+                              stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
+    except subprocess.TimeoutExpired:
+        raise ValueError(f"takes more than {SECONDS} seconds")
+    try:
+        texts, error = json.loads(done.stdout)
+    except ValueError:
+        raise ValueError("takes too much memory, or ends the program that runs it")
+    if error:
+        raise ValueError(error)
+    return texts
+
+
+def render_here(template, names):
+    """(texts, None), or (None, why there are none), in the process that render() started. What the
+    template may use is what transformers gives it."""
+    with contextlib.suppress(ImportError, ValueError, OSError):
+        import resource                                        # not on Windows
+        resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
+    try:
+        import jinja2, jinja2.ext, jinja2.sandbox
+    except ImportError:
+        return None, "needs jinja2 (pip install jinja2, uv run --with jinja2 export.py ..)"
+
+    class Generation(jinja2.ext.Extension):
+        """{% generation %} .. {% endgeneration %}, which only marks what is between."""
+        tags = {"generation"}
+
+        def parse(self, parser):
+            next(parser.stream)
+            return parser.parse_statements(["name:endgeneration"], drop_needle=True)
+
+    def raise_exception(message):
+        raise jinja2.TemplateError(message)
+
+    def tojson(x, ensure_ascii=False, indent=None, separators=None, sort_keys=False):
+        return json.dumps(x, ensure_ascii=ensure_ascii, indent=indent, separators=separators,
+                          sort_keys=sort_keys)
+
+    def strftime_now(text):
+        dated.append(text)
+        return time.strftime(text)
+
+    dated, texts, error = [], [], None
+    env = jinja2.sandbox.ImmutableSandboxedEnvironment(
+        trim_blocks=True, lstrip_blocks=True, extensions=[Generation, jinja2.ext.loopcontrols])
+    env.filters["tojson"] = tojson
+    env.globals |= {"raise_exception": raise_exception, "strftime_now": strftime_now}
+    for messages in PROBES:
+        try:
+            texts.append(env.from_string(template).render(
+                messages=messages, tools=None, documents=None, add_generation_prompt=True, **names))
+            if len(texts[-1]) > MOST_TEXT:
+                return None, f"makes more than {MOST_TEXT} characters of a few words"
+        except Exception as e:
+            texts.append(None)
+            error = error or " ".join(f"{type(e).__name__}: {e}".split())[:100]
+    if dated:
+        return None, "says what day it is, which a model file cannot"
+    if None in texts[:4]:               # those without a system message, and with usual texts
+        return None, f"cannot be run ({error})"
+    return texts, None
+
+
+# ---- [11] patterns ------------------------------------------------------------------------------
 # The regular expressions of pre-tokenizers become alternatives, each a sequence of items: "so many
 # characters of this class". In this form the C code matches them. At a place of the text the first
 # alternative that matches wins. An item takes as many characters as it can, and where the items

@@ -8,7 +8,7 @@
 //   [2] the model at work      [4] eval       [6] main
 //
 // Around it, in lib/: settings.h (options), text.h (texts and ids in and out), output.h (files),
-// trace.h, info.h, bench.h, lens.h.
+// chat.h, trace.h, info.h, bench.h, lens.h.
 #include "coe.c"
 #include "lib/output.h"
 #include "lib/documents.h"
@@ -42,7 +42,7 @@ static void read_documents(Run *run, const char *text, size_t n) {
     const Settings *set = &run->set;
     const bool bos = c->add_bos_token && c->bos_token_id >= 0;
     check_text(set->file, &text, &n, set->allow_bytes);
-    Stream s = tokenize_documents(run->model.tokenizer, text, n, (int)c->eos_token_id,
+    Stream s = tokenize_documents(run->model.tokenizer, text, n, (int)c->eos_token_id[0],
                                   set->completion_only_loss ? set->completion_marker : NULL, true,
                                   set->file);
     run->n_tokens = bos + s.n;
@@ -73,7 +73,7 @@ static void read_tokens(Run *run) {
     if (!set->ids && !run->model.tokenizer)
         fail(FAILED, "%s: has no tokenizer and cannot read text: --ids takes token ids", run->path);
     const bool documents = (set->mode == EVAL || set->mode == LENS) && from_file && !set->ids;
-    if (documents && c->eos_token_id >= 0) {
+    if (documents && c->eos_token_id[0] >= 0) {
         read_documents(run, text, n);
         free(from_file);
         return;
@@ -257,10 +257,9 @@ static void read_on(Run *run, size_t from, size_t n) {
     last_logits(run, row, n - 1);
 }
 
-// Adds tokens to the n that have been run, and prints them, until there are `most` or EOS comes.
-// Returns how many there are then; the last one that is added is not run.
+// Adds tokens to the n that have been run, and prints them, until there are `most` or one comes that
+// ends a text. Returns how many there are then; the last one that is added is not run.
 static size_t write_on(Run *run, Writer *w, size_t n, size_t most) {
-    const int64_t eos = run->set.ignore_eos ? -1 : run->model.config.eos_token_id;
     const unsigned char *penalised = w->sampler.repetition_penalty == 1 ? NULL : w->seen;
     while (n < most) {
         const int id = sample(&w->sampler, run->logits, w->candidate, penalised,
@@ -269,7 +268,8 @@ static size_t write_on(Run *run, Writer *w, size_t n, size_t most) {
         w->seen[id] = 1;
         print_token(&w->printer, id);
         flush_stdout();
-        if (id == eos || n == most || interrupted) break;
+        const bool ends = !run->set.ignore_eos && ends_text(&run->model.config, id);
+        if (ends || n == most || interrupted) break;
         read_on(run, n - 1, n);
     }
     return n;
@@ -283,6 +283,14 @@ static void print_speed(const Run *run, double prompt_s, size_t n, double n_s) {
     fprintf(stderr, "last logits #%016llx\n", (unsigned long long)run->hash);
 }
 
+// With --verbose-prompt, the tokens that go in, as a line of ids on stderr.
+static void print_prompt(const Run *run) {
+    if (!run->set.verbose_prompt) return;
+    fputs("prompt:", stderr);
+    for (size_t i = 0; i < run->n_tokens; i++) fprintf(stderr, " %d", run->tokens[i]);
+    fputc('\n', stderr);
+}
+
 // Continues the prompt token by token.
 static void generate(Run *run) {
     const size_t prompt = run->n_tokens, limit = context_limit(run);
@@ -293,6 +301,7 @@ static void generate(Run *run) {
     const size_t most = run->set.n_predict < 0 ? SIZE_MAX : prompt + (size_t)run->set.n_predict;
     make_room_to_write(run, min_size(most, limit));
     Writer w = writer_new(run);
+    print_prompt(run);
     for (size_t i = 0; i < prompt; i++) {
         print_token(&w.printer, run->tokens[i]);
         w.seen[run->tokens[i]] = 1;
@@ -424,9 +433,9 @@ static void evaluate(Run *run) {
 
 // ---- [5] chat -----------------------------------------------------------------------------------
 
-// A conversation in the form of DeepSeek-V2 is BOS, then turns: "User: ", a message, two newlines,
-// "Assistant:", the model's answer and EOS.
+#include "lib/chat.h"
 enum { CHAT_CONTEXT = 4096 };       // tokens, unless --ctx-size says otherwise
+
 // Adds a line of stdin, without its end, to a text. False where there is none.
 static int add_line(Text *t) {
     const size_t before = t->n;
@@ -444,91 +453,96 @@ static int add_line(Text *t) {
     return c != EOF || t->n > before;
 }
 
-// Forgets the oldest turns: what stays, BOS and whole turns, takes up no more than half of the
-// context and leaves room for `needed` tokens.
-static void forget(Run *run, size_t needed) {
-    const Config *c = &run->model.config;
-    const size_t n = run->n_tokens, bos = c->bos_token_id >= 0;
-    const size_t most = min_size(run->context / 2, run->context - min_size(needed, run->context));
-    size_t from = n;                // the first token that stays: one behind an EOS
-    for (size_t i = n; i-- > bos && bos + n - i <= most; )
-        if (run->tokens[i - 1] == c->eos_token_id) from = i;
-    memmove(run->tokens + bos, run->tokens + from, (n - from) * sizeof(int));
-    run->n_tokens = bos + n - from;
-    fprintf(stderr, "chat: the context of %zu tokens (--ctx-size) is full: the oldest %zu are "
-            "forgotten\n", run->context, from - bos);
+// Drops the oldest questions and their answers until the conversation has `most` tokens or fewer,
+// or only its last question is left. Returns its ids, *n of them; the caller releases them.
+static int *forget(const Run *run, Chat *chat, size_t most, size_t *n) {
+    size_t too_early = chat->from, from = chat->n - 1;
+    while (too_early + 2 < from) {      // bisection, over every second message
+        const size_t middle = too_early + (from - too_early) / 4 * 2;
+        chat->from = middle > too_early ? middle : too_early + 2;
+        release(chat_ids(&run->model, chat, n));
+        if (*n > most) too_early = chat->from; else from = chat->from;
+    }
+    chat->from = from;
+    return chat_ids(&run->model, chat, n);
 }
 
-// Adds a turn up to its "Assistant:" to the tokens, of which *n_run have been run; forgets others
-// where there is no room for it. False, with a line on stderr, if it does not fit in any case.
-static int add_turn(Run *run, Writer *w, const Text *turn, size_t *n_run) {
-    const Config *c = &run->model.config;
-    const size_t bos = c->bos_token_id >= 0;
-    int *ids = allocate(checked_mul(turn->n, sizeof(int)), "the message");
-    const size_t n = encode(run->model.tokenizer, ids, NULL, turn->bytes, turn->n, 0);
-    const int fits = bos + n + 2 <= run->context;     // with one token of an answer, and EOS
-    size_t answer = run->context / 4;                 // what should be left for it
+// Makes run->tokens the conversation with its last question, and forgets what is older where the
+// context has no room for that and an answer. What the cache holds of the beginning, of n_run
+// tokens, stays there: returns how much. SIZE_MAX, with a line on stderr, if the question alone is
+// too long; it is taken out of the conversation then.
+static size_t ask(Run *run, Chat *chat, size_t n_run) {
+    const size_t from = chat->from;
+    size_t answer = run->context / 4, n, whole;       // answer: what should be left for it
     if (run->set.n_predict >= 0) answer = min_size(answer, (size_t)run->set.n_predict);
-    if (!fits) {
-        fprintf(stderr, "chat: the message is %zu tokens long, the context holds %zu (--ctx-size): "
-                "it is passed over\n", n, run->context);
-    } else {
-        if (run->n_tokens > bos && run->n_tokens + n + answer + 1 > run->context) {
-            forget(run, n + answer + 1);
-            *n_run = 0;
-        }
-        memcpy(run->tokens + run->n_tokens, ids, n * sizeof(int));
-        run->n_tokens += n;
-        memset(w->seen, 0, c->vocab_size);
-        for (size_t i = 0; i < run->n_tokens; i++) w->seen[run->tokens[i]] = 1;
+    int *ids = chat_ids(&run->model, chat, &whole);
+    n = whole;
+    if (from < chat->n - 1 && whole + answer + 1 > run->context) {
+        release(ids);
+        const size_t most = run->context - min_size(answer + 1, run->context);
+        ids = forget(run, chat, min_size(run->context / 2, most), &n);
     }
+    const bool fits = n + 2 <= run->context;          // with one token of an answer, and its end
+    if (!fits) {
+        fprintf(stderr, "chat: the message makes %zu tokens, the context holds %zu (--ctx-size): "
+                "it is passed over\n", n, run->context);
+        free(chat->message[--chat->n].bytes);
+        chat->from = from;
+        release(ids);
+        return SIZE_MAX;
+    }
+    if (n < whole)
+        fprintf(stderr, "chat: the context of %zu tokens (--ctx-size) is full: the oldest %zu are "
+                "forgotten\n", run->context, whole - n);
+    size_t same = 0;
+    while (same < n_run && same + 1 < n && ids[same] == run->tokens[same]) same++;
+    memcpy(run->tokens, ids, n * sizeof(int));
+    run->n_tokens = n;
     release(ids);
-    return fits;
+    return same;
 }
 
 // Answers the prompt, if there is one, and every line of stdin.
 static void chat(Run *run) {
     const Config *c = &run->model.config;
     const Settings *set = &run->set;
-    const int eos = (int)c->eos_token_id;
-    if (!c->chat_template)
-        fail(FAILED, "%s: has no chat template, which --mode chat needs; generate continues a text",
-             run->path);
-    if (!run->model.tokenizer || eos < 0)
-        fail(FAILED, "%s: has no %s, which --mode chat needs", run->path,
-             run->model.tokenizer ? "eos_token_id" : "tokenizer");
+    if (!run->model.tokenizer)
+        fail(FAILED, "%s: has no tokenizer, which --mode chat needs", run->path);
+    Chat chat = chat_new(&run->model, set->system, run->path);
     const size_t limit = context_limit(run);
     make_room_to_write(run, set->ctx_size ? limit : min_size(limit, CHAT_CONTEXT));
     Writer w = writer_new(run);
-    Text turn = { 0 };
     size_t n_run = 0, prompt_bytes = set->prompt ? strlen(set->prompt) : 0;
     char *file = set->file ? read_file(set->file, &prompt_bytes) : NULL;
     const char *prompt = file ? file : set->prompt;
-    if (c->bos_token_id >= 0) run->tokens[run->n_tokens++] = (int)c->bos_token_id;
     for (;; prompt = NULL) {
-        turn.n = 0;
-        add_text(&turn, "User: ", 6);
-        if (prompt) add_text(&turn, prompt, prompt_bytes);
-        else if (!add_line(&turn)) break;
-        if (turn.n == 6) continue;                  // nothing was said
-        add_text(&turn, "\n\nAssistant:", 12);
-        if (!add_turn(run, &w, &turn, &n_run)) continue;
+        Text said = { 0 }, answer = { 0 };
+        if (prompt) add_text(&said, prompt, prompt_bytes);
+        else if (!add_line(&said)) break;
+        if (said.n == 0) continue;
+        chat_add(&chat, said);
+        const size_t from = ask(run, &chat, n_run);
+        if (from == SIZE_MAX) continue;
         const size_t n = run->n_tokens, room = run->context - n - 1;
-        read_on(run, n_run, n);
+        print_prompt(run);
+        memset(w.seen, 0, c->vocab_size);
+        for (size_t i = 0; i < n; i++) w.seen[run->tokens[i]] = 1;
+        read_on(run, from, n);
         size_t end = n + (set->n_predict < 0 ? room : min_size(room, (size_t)set->n_predict));
         end = write_on(run, &w, n, end);
         end_line(&w);
         if (interrupted) exit(INTERRUPTED);
         n_run = end > n ? end - 1 : n;
-        if (run->tokens[end - 1] != eos) {            // it was cut short
-            if (end == run->context - 1)
-                fprintf(stderr, "chat: the context of %zu tokens is full: the answer ends here\n",
-                        run->context);
-            run->tokens[end++] = eos;
+        if (end == run->context - 1 && !ends_text(c, run->tokens[end - 1]))
+            fprintf(stderr, "chat: the context of %zu tokens is full: the answer ends here\n",
+                    run->context);
+        for (size_t i = n, bytes; i < end; i++) {
+            const char *text = decode(run->model.tokenizer, run->tokens[i], &bytes);
+            if (i + 1 < end || !ends_text(c, run->tokens[i])) add_text(&answer, text, bytes);
         }
-        run->n_tokens = end;
+        chat_add(&chat, answer);
     }
-    free(turn.bytes);
+    chat_free(&chat);
     free(file);
     writer_free(&w);
 }
@@ -550,7 +564,8 @@ static void work(Run *run) {
     const Settings *set = &run->set;
     set_threads(set->threads);
     Header header;
-    run->model = model_open(run->path, set->mode == INFO ? MAPPED_CHECKED : MAPPED, NULL, &header);
+    run->model = model_open(run->path, set->mode == INFO ? MAPPED_CHECKED :
+                            set->mode == TOKENIZE ? TOKENIZER : MAPPED, NULL, &header);
     run->fingerprint = header.checksum;
     run->edits = read_edits(set, &run->model);
     for (int k = 0, n = 0; k < EDIT_KINDS; k++)
@@ -561,7 +576,7 @@ static void work(Run *run) {
     if (set->ctx_size > longest)
         fail(WRONG_USAGE, "--ctx-size is %zu, must be 1..%zu (max_position_embeddings)",
              set->ctx_size, longest);
-    print_model(&run->model);
+    if (run->model.w.n_tensors) print_model(&run->model);
     if (set->mode != CHAT && set->mode != BENCH && set->mode != INFO) read_tokens(run);
     catch_interrupts(true);
     if (set->logits) output_open(&run->logits_file, set->logits, true);

@@ -9,7 +9,7 @@ sys.path.insert(0, ROOT)
 sys.dont_write_bytecode = True          # no folder of Python's beside export.py
 import export                           # of which read_header() needs nothing but Python
 
-HEADER = "position\ttoken\tlayer\titeration\trank\texpert\tweight"
+HEADER = "position\ttoken\tlayer\titeration\trank\texpert\tweight\tmodel"
 BYTE_NAMES = {256: "<|beginoftext|>", 257: "<|endoftext|>"}
 
 
@@ -26,6 +26,7 @@ class Model:
             raise Failure(str(e))
         c = header.config
         self.path, self.layers, self.shared = path, c.num_hidden_layers, c.n_shared_experts
+        self.fingerprint = f"{header.crc or 0:08x}"            # version 1 had no CRC-32
         self.experts, self.chosen = c.n_routed_experts, c.num_experts_per_tok
         self.iterations, self.tokenizer = c.inner_iter, c.tokenizer
         if self.tokenizer == "bpe":
@@ -68,12 +69,16 @@ class Trace:
                               + HEADER.replace("\t", " "))
             for number, line in enumerate(f, 2):
                 try:
-                    *whole, weight = line.split("\t")
+                    *whole, weight, fingerprint = line.rstrip("\n").split("\t")
                     position, token, layer, iteration, rank, expert = map(int, whole)
                     weight = float(weight)
                 except ValueError:
                     raise Failure(f"{path}: line {number} is {line.strip()[:60]!r}, must be six "
-                                  "whole numbers and a weight")
+                                  "whole numbers, a weight and a model")
+                if fingerprint != model.fingerprint:
+                    raise Failure(f"{path}: line {number} is of the model {fingerprint[:60]}, "
+                                  f"{model.path} is {model.fingerprint}: another model, or it was "
+                                  "trained on since")
                 if not (0 <= expert < E and 0 <= iteration < C and 0 <= layer < model.layers):
                     raise Failure(f"{path}: line {number} names layer {layer}, iteration "
                                   f"{iteration}, expert {expert}, but {model.path} has "

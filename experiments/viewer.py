@@ -51,6 +51,9 @@ def read_lens(path, trace):
             if trace.tokens[key[2]] != int(line["token"]):
                 raise Failure(f"{path}: has token {line['token']} at position {key[2]}, the trace "
                               f"{trace.tokens[key[2]]}: they must be of one text")
+            if line["model"] != trace.model.fingerprint:
+                raise Failure(f"{path}: is of the model {line['model'][:60]}, {trace.model.path} is "
+                              f"{trace.model.fingerprint}")
         except (KeyError, ValueError, IndexError):
             raise Failure(f"{path}: is not what run --lens makes of the trace's text")
     C, T = trace.model.iterations, range(len(trace.tokens))

@@ -76,7 +76,7 @@ static void read_state(Recipe *recipe, Progress *progress, const Model *m, const
     read_exactly(state, (size_t)bytes, file, path);
     if (h->version == 1) read_version_1_state(tables, state, path);
     else read_lines(tables, 2, state, (size_t)bytes, path);
-    fill_absent(tables, 2, path);
+    fill_absent(tables, 2, false, path);
     release(state);
 }
 

@@ -12,9 +12,10 @@
 
 // ---- keys ---------------------------------------------------------------------------------------
 
-enum Kind { SIZE, INT, NUM, BOOL, WORD, TEXT };
+enum Kind { SIZE, INT, NUM, BOOL, WORD, TEXT, IDS };
 #define KIND(field) _Generic((field), \
-    size_t: SIZE, int64_t: INT, double: NUM, bool: BOOL, int: WORD, const char *: TEXT)
+    size_t: SIZE, int64_t: INT, double: NUM, bool: BOOL, int: WORD, const char *: TEXT, \
+    int64_t *: IDS)        // [MOST_ENDS] token ids, -1 behind the last
 
 typedef struct {
     const char *name;       // the option is --name
@@ -55,18 +56,23 @@ static const char *key_range(const Key *k) {
     if (k->kind == BOOL) return "true or false";
     if (k->kind == WORD) return k->words;
     if (k->kind == TEXT) return "a text";
+    if (k->kind == IDS) {
+        snprintf(text, sizeof text, "0..%.0f, a list of up to %d of them or null", k->most,
+                 MOST_ENDS);
+        return text;
+    }
     snprintf(text, sizeof text, k->kind == NUM ? "%g..%g%s%s" : "%.0f..%.0f%s%s", k->least, k->most,
              k->words ? " or " : "", k->words ? k->words : "");
     return text;
 }
 
-// The value of key k in the struct at `base` as a number; of a TEXT 0. All ranges end where a
-// double still is exact.
+// The value of key k in the struct at `base` as a number; of IDS the first, of a TEXT 0. All ranges
+// end where a double still is exact.
 static double key_number(const Key *k, const void *base) {
     const void *field = (const char *)base + k->offset;
     switch (k->kind) {
     case SIZE: return (double)*(const size_t *)field;
-    case INT:  return (double)*(const int64_t *)field;
+    case INT: case IDS: return (double)*(const int64_t *)field;
     case NUM:  return *(const double *)field;
     case BOOL: return *(const bool *)field;
     case WORD: return *(const int *)field;
@@ -85,6 +91,8 @@ static bool key_set(const Key *k, void *base, double x) {
     if (k->kind == WORD && !word(k->words, (int)x, &length)) return false;
     switch (k->kind) {
     case SIZE: *(size_t *)field = (size_t)x; break;
+    case IDS:  for (int i = 1; i < MOST_ENDS; i++) ((int64_t *)field)[i] = -1;
+               *(int64_t *)field = (int64_t)x; break;
     case INT:  *(int64_t *)field = (int64_t)x; break;
     case NUM:  *(double *)field = x; break;
     case BOOL: *(bool *)field = x != 0; break;
@@ -94,8 +102,37 @@ static bool key_set(const Key *k, void *base, double x) {
     return true;
 }
 
+static const size_t IDS_BYTES = MOST_ENDS * sizeof(int64_t);
+
+// Writes ids of which there are two or more as a list, "[5, 7]".
+static const char *ids_text(char *text, const int64_t *ids) {
+    size_t n = 0;
+    for (int i = 0; i < MOST_ENDS && ids[i] >= 0; i++)
+        n += (size_t)snprintf(text + n, 16, "%s%lld", i ? ", " : "[", (long long)ids[i]);
+    memcpy(text + n, "]", 2);
+    return text;
+}
+
+// Reads a list "[5, 7]" of ids up to `most` into ids [MOST_ENDS]. False where it is none, is empty
+// or has too many.
+static bool parse_list(int64_t *ids, const char *list, double most) {
+    for (int i = 0; i < MOST_ENDS; i++) ids[i] = -1;
+    for (int i = 0; i < MOST_ENDS; i++) {
+        char *end;
+        while (*++list == ' ') ;                // behind the [ or the comma
+        ids[i] = isdigit((unsigned char)*list) ? strtoll(list, &end, 10) : -1;
+        if (ids[i] < 0 || (double)ids[i] > most) return false;
+        list = end + strspn(end, " ");
+        if (*list == ']') return !list[1];
+        if (*list != ',') return false;
+    }
+    return false;
+}
+
 // Whether key k has the same value in two structs.
 static bool key_equal(const Key *k, const void *a, const void *b) {
+    if (k->kind == IDS)
+        return !memcmp((const char *)a + k->offset, (const char *)b + k->offset, IDS_BYTES);
     if (k->kind != TEXT) return key_number(k, a) == key_number(k, b);
     const char *const *ta = (const void *)((const char *)a + k->offset);
     const char *const *tb = (const void *)((const char *)b + k->offset);
@@ -104,20 +141,22 @@ static bool key_equal(const Key *k, const void *a, const void *b) {
 
 // Copies the value of key k from one struct to another; of a TEXT, the pointer.
 static void key_copy(const Key *k, void *to, const void *from) {
-    if (k->kind == TEXT) memcpy((char *)to + k->offset, (const char *)from + k->offset, sizeof to);
+    const size_t bytes = k->kind == TEXT ? sizeof to : k->kind == IDS ? IDS_BYTES : 0;
+    if (bytes) memcpy((char *)to + k->offset, (const char *)from + k->offset, bytes);
     else key_set(k, to, key_number(k, from));
 }
 
 // The value of key k in the struct at `base`, as it would stand in config.json. Numbers have as few
 // digits as read back the same. The text is overwritten by the next call.
 static const char *key_text(const Key *k, const void *base) {
-    static char text[64];
+    static char text[128];
+    const void *field = (const char *)base + k->offset;
     const double x = key_number(k, base);
     size_t length = 0;
     const char *name;
     switch (k->kind) {
     case BOOL: return x != 0 ? "true" : "false";
-    case TEXT: memcpy(&name, (const char *)base + k->offset, sizeof name); return name ? name : "";
+    case TEXT: memcpy(&name, field, sizeof name); return name ? name : "";
     case WORD:
         name = word(k->words, (int)x, &length);
         snprintf(text, sizeof text, "%.*s", (int)length, name ? name : "");
@@ -129,6 +168,7 @@ static const char *key_text(const Key *k, const void *base) {
         }
         break;
     default:
+        if (k->kind == IDS && ((const int64_t *)field)[1] >= 0) return ids_text(text, field);
         if (k->words && x == k->least && k->least < 1) return k->words;
         snprintf(text, sizeof text, "%.0f", x);
     }
@@ -156,6 +196,12 @@ static bool key_parse(const Key *k, void *base, const char *value) {
         return false;
     }
     if (k->words && !strcmp(value, k->words)) return key_set(k, base, k->least);
+    if (k->kind == IDS && *value == '[') {
+        int64_t ids[MOST_ENDS];
+        const bool ok = parse_list(ids, value, k->most);
+        if (ok) memcpy((char *)base + k->offset, ids, sizeof ids);
+        return ok;
+    }
     if (!*value || isspace((unsigned char)*value)) return false;
     if (k->kind == NUM) {
         const double x = strtod(value, &end);
@@ -190,6 +236,8 @@ static const Key *key_named(const Key *keys, size_t n, const char *name, size_t 
 // In the order of the struct in coe.c [1]. What a new model starts with is the demo's.
 
 #define ROW(field, ...) { KEY(Config, field), __VA_ARGS__ }
+#define CHAT_ROW(i, name, what) { KEY_AS(Config, chat[i], "chat." name), .init = "", .absent = "", \
+                                  .help = what }
 static const Key config_keys[] = {
     ROW(vocab_size, RANGE(1, 1 << 24), .init = "258",
         .help = "tokens in the vocabulary, V"),
@@ -274,7 +322,10 @@ static const Key config_keys[] = {
     ROW(bos_token_id, RANGE(-1, 1 << 24), .words = "null", .init = "257",
         .help = "token that starts a text; EOS, as between documents"),
     ROW(eos_token_id, RANGE(-1, 1 << 24), .words = "null", .init = "257",
-        .help = "token that ends a text"),
+        .help = "token that ends a text; of several, the first ends training texts"),
+    { KEY_AS(Config, generation_eos, "generation_config.eos_token_id"), RANGE(-1, 1 << 24),
+        .words = "null", .init = "null", .absent = "null",
+        .help = "more tokens that end what is generated" },
     ROW(torch_dtype, .words = "float32|bfloat16", .init = "float32",
         .help = "type of the weights in safetensors"),
     ROW(temperature, RANGE(-1, 1e9), .init = "-1",
@@ -289,12 +340,20 @@ static const Key config_keys[] = {
         .help = "generation default; -1: none given"),
     ROW(add_bos_token, .init = "true",
         .help = "text gets BOS in front"),
-    ROW(chat_template, .words = "none|deepseek_v2", .init = "none",
-        .help = "form of a conversation, for run --mode chat"),
+    ROW(chat_template, .words = "none|deepseek_v2|pieces", .init = "none",
+        .help = "form of a conversation, for run --mode chat; pieces: the following"),
+    CHAT_ROW(CHAT_BEGIN, "begin", "what stands before the first message of the user"),
+    CHAT_ROW(CHAT_SYSTEM, "system", "before a system message, where there is one"),
+    CHAT_ROW(CHAT_SYSTEM_USER, "system_user", "between that and the user's first"),
+    CHAT_ROW(CHAT_USER_ASSISTANT, "user_assistant", "between a message of the user and its answer"),
+    CHAT_ROW(CHAT_ASSISTANT_USER, "assistant_user", "between an answer and the user's next"),
+    CHAT_ROW(CHAT_ANSWER, "answer", "behind the last message, where the model goes on"),
+    CHAT_ROW(CHAT_TRIM, "trim", "whose messages lose white space at their ends: system user assistant"),
     ROW(default_prompt, .init = "", .absent = "",
         .help = "what run starts from where no prompt is given; empty: BOS"),
 };
 #undef ROW
+#undef CHAT_ROW
 enum { CONFIG_KEYS = sizeof config_keys / sizeof *config_keys };
 
 // ---- options ------------------------------------------------------------------------------------
@@ -400,6 +459,14 @@ static void print_options(const Options *table) {
     }
 }
 
+// Whether generating stops at a token.
+static bool ends_text(const Config *config, int64_t id) {
+    bool ends = false;
+    for (int i = 0; i < MOST_ENDS; i++)
+        ends |= id == config->eos_token_id[i] || id == config->generation_eos[i];
+    return ends;
+}
+
 // ---- what keys must be together -----------------------------------------------------------------
 
 // Ends the program unless the config, whose keys are each in their range, describes a model that
@@ -411,9 +478,12 @@ static void config_check(const Config *c, const char *where, int code) {
     REQUIRE(c->bos_token_id < (int64_t)c->vocab_size,
             "%s: bos_token_id is %lld, must be below vocab_size %zu",
             where, (long long)c->bos_token_id, c->vocab_size);
-    REQUIRE(c->eos_token_id < (int64_t)c->vocab_size,
-            "%s: eos_token_id is %lld, must be below vocab_size %zu",
-            where, (long long)c->eos_token_id, c->vocab_size);
+    for (int i = 0; i < 2 * MOST_ENDS; i++) {
+        const int64_t id = i < MOST_ENDS ? c->eos_token_id[i] : c->generation_eos[i - MOST_ENDS];
+        REQUIRE(id < (int64_t)c->vocab_size, "%s: %seos_token_id is %lld, must be below vocab_size "
+                "%zu", where, i < MOST_ENDS ? "" : "generation_config.", (long long)id,
+                c->vocab_size);
+    }
     REQUIRE(c->rope_scaling_type != YARN || c->rope_scaling_beta_fast >= c->rope_scaling_beta_slow,
             "%s: rope_scaling.beta_fast is %g, must be at least beta_slow %g",
             where, c->rope_scaling_beta_fast, c->rope_scaling_beta_slow);

@@ -189,13 +189,15 @@ static void read_lines(const Options *tables, size_t n_tables, char *text, size_
 }
 
 // Gives keys that a file from before there was such a key cannot have their value. Ends the program
-// where a key is missing that every file has.
-static void fill_absent(const Options *tables, size_t n_tables, const char *path) {
+// where a key is missing that every file has; a tokenizer alone has no others than its own, and
+// the rest is then that of a new model.
+static void fill_absent(const Options *tables, size_t n_tables, bool alone, const char *path) {
     for (const Options *t = tables; t < tables + n_tables; t++)
         for (const Key *k = t->keys; k < t->keys + t->n; k++) {
             if (t->given[k - t->keys]) continue;
-            if (!k->absent) fail(FAILED, "%s: has no line for %s", path, k->name);
-            key_parse(k, t->base, k->absent);
+            const char *value = k->absent || !alone ? k->absent : k->init;
+            if (!value) fail(FAILED, "%s: has no line for %s", path, k->name);
+            key_parse(k, t->base, value);
         }
 }
 
@@ -309,18 +311,19 @@ enum { MODEL_VERSION = 2, HEADER_BYTES = 64, CHECKED_FROM = 12, MOST_CONFIG_BYTE
 typedef struct {
     uint32_t version, checksum;     // checksum: the CRC-32 of everything from byte CHECKED_FROM on
     uint64_t file_bytes, config_bytes, files_bytes, tokenizer_bytes, state_bytes;
-    int weight_type;                // of the matrices, an enum Type
+    int weight_type;                // of the matrices, an enum Type, or NO_WEIGHTS
     int tokenizer;                  // NO_TOKENIZER, BYTES or BPE
     bool coe_weights;
 } Header;
 
 // What the lines of the config say of the file, before the keys of the model itself.
 static const Key header_keys[] = {
-    { KEY(Header, weight_type), .words = "f32|bf16|q8", .help = "type of the matrices" },
+    { KEY(Header, weight_type), .words = "f32|bf16|q8|none", .help = "type of the matrices" },
     { KEY(Header, tokenizer), .words = "none|bytes|bpe", .help = "kind of the tokenizer" },
     { KEY(Header, coe_weights), .help = "whether the model is upcycled" },
 };
 enum { HEADER_KEYS = sizeof header_keys / sizeof *header_keys };
+enum { NO_WEIGHTS = Q8 + 1 };       // weight_type: the file is a tokenizer alone
 
 // Ends the program and says what a file is that does not start like a model file, from its first n
 // bytes.
@@ -400,7 +403,8 @@ static void read_header(Model *m, Header *h, const char *path, FILE *file, uint6
         read_lines(tables, 2, lines, (size_t)h->config_bytes, path);
         release(lines);
     }
-    fill_absent(tables, 2, path);
+    const bool alone = h->version > 1 && h->weight_type == NO_WEIGHTS;
+    fill_absent(tables, 2, alone, path);
     if (h->tokenizer_bytes % 64 || (h->tokenizer_bytes != 0) != (h->tokenizer == BPE))
         fail(FAILED, "%s: the tokenizer takes %llu bytes, must be %s",
              path, (unsigned long long)h->tokenizer_bytes,
@@ -411,10 +415,10 @@ static void read_header(Model *m, Header *h, const char *path, FILE *file, uint6
         fail(FAILED, "%s: inner_iter is 1, must be at least 2 with coe_weights", path);
     // A layer takes 64 bytes or more. So a file that is too small for its number of layers is
     // found before the list of their tensors takes up memory.
-    if ((uint64_t)m->config.num_hidden_layers * 64 > file_bytes)
+    if (!alone && (uint64_t)m->config.num_hidden_layers * 64 > file_bytes)
         fail(FAILED, "%s: num_hidden_layers is %zu, more than a file of %llu bytes holds",
              path, m->config.num_hidden_layers, (unsigned long long)file_bytes);
-    m->w = weights_layout(&m->config, m->upcycled, (enum Type)h->weight_type);
+    if (!alone) m->w = weights_layout(&m->config, m->upcycled, (enum Type)h->weight_type);
     const size_t before = (size_t)(h->version == 1 ? VERSION_1_BYTES
                                                    : HEADER_BYTES + h->config_bytes);
     const size_t sections = checked_add(checked_add((size_t)h->files_bytes, (size_t)h->state_bytes),
@@ -475,8 +479,8 @@ static void widen(Model *m) {
 
 // How a model is opened: MAPPED, so that starting takes no longer for a large model and pages come
 // as they are used; the same after checking the file's checksum; or read into memory as reals,
-// after that check, for training.
-enum Opening { MAPPED, MAPPED_CHECKED, READ_CHECKED };
+// after that check, for training. TOKENIZER is MAPPED, and takes a tokenizer alone too.
+enum Opening { MAPPED, MAPPED_CHECKED, READ_CHECKED, TOKENIZER };
 
 // Opens a model file, or ends the program. *state, if wanted (with READ_CHECKED), is the file,
 // still open, at its training state of *state_bytes bytes.
@@ -487,10 +491,12 @@ static Model model_open(const char *path, enum Opening how, FILE **state, Header
     FILE *file = open_regular(path, &bytes);
     errno = 0;
     read_header(&m, &h, path, file, bytes);
+    if (h.weight_type == NO_WEIGHTS && how != TOKENIZER)
+        fail(FAILED, "%s: is a tokenizer alone, must be a model: ./train --tokenizer takes it", path);
     m.files_bytes = (size_t)h.files_bytes;
     const uint64_t at = h.version == 1 ? VERSION_1_BYTES : HEADER_BYTES + h.config_bytes;
     const size_t before_weights = m.files_bytes + (size_t)h.tokenizer_bytes;
-    if (how != MAPPED) verify_checksum(&h, file, at, path);
+    if (how != MAPPED && how != TOKENIZER) verify_checksum(&h, file, at, path);
     m.files = allocate(before_weights, "the embedded files");
     read_exactly(m.files, before_weights, file, path);
     m.tokenizer = tokenizer_new(h.tokenizer, m.files + m.files_bytes, (size_t)h.tokenizer_bytes,

@@ -11,7 +11,7 @@ static const char *const condition_names[CONDITIONS] = { "layer=", "iteration=",
 enum { GENERATE, CHAT, EVAL, BENCH, INFO, TOKENIZE, LENS };     // mode
 
 typedef struct {
-    const char *prompt, *file;          // NULL: not given
+    const char *prompt, *file, *system; // NULL: not given
     int64_t n_predict;                  // -1: to the end of the context
     double temp;
     size_t top_k;
@@ -19,7 +19,7 @@ typedef struct {
     int64_t seed;                       // -1: from the clock
     size_t ctx_size;                    // 0: what the work needs
     int mode;
-    bool ids, ignore_eos;
+    bool ids, ignore_eos, verbose_prompt;
     const char *logits, *trace, *lens;  // NULL: not wanted
     int64_t layer;                      // lens: the one to show; -1: all that fit
     const char *edits[EDIT_KINDS];      // rules, see lib/edits.h; NULL: none
@@ -37,6 +37,8 @@ static const Key setting_keys[] = {
         .help = "the text to start from; empty: BOS"),
     ROW(file, .letter = 'f',
         .help = "the same from a file, its bytes as they are; eval: documents, as train reads"),
+    ROW(system,
+        .help = "chat: the system message, where the template has one"),
     ROW_AS(n_predict, "n-predict", .letter = 'n', RANGE(-1, 1LL << 50), .init = "256",
         .help = "new tokens at most; -1: to the end of the context"),
     ROW(temp, .letter = 't', RANGE(0, 1e9), .init = "0.8",
@@ -60,6 +62,8 @@ static const Key setting_keys[] = {
         .help = "prompt, file and stdout are token ids; nothing is added to them"),
     ROW_AS(ignore_eos, "ignore-eos", .flag = true, .init = "false",
         .help = "go on past the end-of-text token"),
+    ROW_AS(verbose_prompt, "verbose-prompt", .flag = true, .init = "false",
+        .help = "generate, chat: print the ids that go in, on stderr"),
     ROW(logits,
         .help = "eval: a file for the logits, float32 [tokens, vocab_size]"),
     ROW(trace,
@@ -111,9 +115,9 @@ static const char NOTES[] =
     "Text gets BOS in front where the model asks for it (add_bos_token); names of special tokens\n"
     "in it become their ids. With --ids the end-of-text token that ends the output is printed as\n"
     "well, and so is the BOS that stands in for an empty prompt.\n"
-    "chat answers the prompt, if there is one, and each line of stdin, with -n tokens at most.\n"
-    "Names of special tokens in a message are text. When the context is full (--ctx-size, else\n"
-    "4096 tokens at most), the oldest messages and answers are forgotten.\n"
+    "chat answers the prompt, if there is one, and each line of stdin, with -n tokens at most, in\n"
+    "the form of the model's chat_template. Names of special tokens in a message are text. When the\n"
+    "context is full (--ctx-size, else 4096 tokens at most), the oldest messages are forgotten.\n"
     "eval prints tokens (predicted ones), nll (their mean, nats), ppl and bits_per_byte; what is\n"
     "longer than the context is read in windows, half of each as context only. A row of --logits\n"
     "and a position in --trace belong to one token of the input, its BOS included. eval reads a\n"
@@ -145,6 +149,9 @@ static void check_settings(const Settings *set, const char *model) {
     for (int k = 0; k < EDIT_KINDS; k++)
         if (set->edits[k] && mode != EVAL && mode != GENERATE && mode != LENS)
             fail(WRONG_USAGE, "--%s: needs --mode eval, generate or lens", edit_names[k]);
+    if (set->system && mode != CHAT) fail(WRONG_USAGE, "--system: needs --mode chat");
+    if (set->verbose_prompt && mode != CHAT && mode != GENERATE)
+        fail(WRONG_USAGE, "--verbose-prompt: needs --mode generate or chat");
     if (set->ids && mode == CHAT) fail(WRONG_USAGE, "--ids: not with --mode chat, which is text");
     if (set->trace && mode != EVAL && mode != GENERATE)
         fail(WRONG_USAGE, "--trace: needs --mode generate or eval");

@@ -9,13 +9,13 @@
 
 // Whether a key of the config belongs to the tokenizer rather than to the weights.
 static bool is_of_text(const Key *k) {
-    return strstr(k->name, "s_token") || !strcmp(k->name, "chat_template");
+    return strstr(k->name, "s_token") || !strncmp(k->name, "chat", 4);
 }
 
 // Takes the tokenizer of the model file --tokenizer, and what of the config goes with it, unless
 // the user gave that. `fresh`: the vocabulary's size too.
 static void take_tokenizer(Run *run, const Options *config_table, bool fresh) {
-    Model *m = &run->model, from = model_open(run->job.tokenizer, MAPPED, NULL, NULL);
+    Model *m = &run->model, from = model_open(run->job.tokenizer, TOKENIZER, NULL, NULL);
     if (!from.tokenizer) fail(FAILED, "%s: has no tokenizer", run->job.tokenizer);
     m->tokenizer = from.tokenizer;
     m->files = from.files;
@@ -34,7 +34,7 @@ static void take_tokenizer(Run *run, const Options *config_table, bool fresh) {
 // Ends the program unless --tokenizer is the one that the resumed model has.
 static void check_resumed_tokenizer(const Run *run) {
     const Model *m = &run->model;
-    Model from = model_open(run->job.tokenizer, MAPPED, NULL, NULL);
+    Model from = model_open(run->job.tokenizer, TOKENIZER, NULL, NULL);
     const Tokenizer *mine = m->tokenizer, *other = from.tokenizer;
     bool same = !mine == !other && from.files_bytes == m->files_bytes;
     if (same && mine)
@@ -53,7 +53,7 @@ static void choose_tokenizer(Run *run, const Options *config_table) {
         run->model.tokenizer = tokenizer_new(BYTES, NULL, 0, "options", c->vocab_size);
     if (run->model.tokenizer) return;
     if (!is_given(config_table, "bos_token_id")) c->bos_token_id = -1;
-    if (!is_given(config_table, "eos_token_id")) c->eos_token_id = -1;
+    if (!is_given(config_table, "eos_token_id")) c->eos_token_id[0] = -1;
 }
 
 // ---- resuming -----------------------------------------------------------------------------------
@@ -123,12 +123,11 @@ static void init_from(Run *run, const Options *config_table) {
     static const char *const free_keys[] = {
         "aux_loss_alpha", "seq_aux", "max_position_embeddings", "initializer_range", "temperature",
         "top_k", "top_p", "min_p", "repetition_penalty", "torch_dtype", "add_bos_token",
-        "chat_template",
     };
     Model m = model_open(run->job.init, READ_CHECKED, NULL, NULL);
     for (int i = 0; i < CONFIG_KEYS; i++) {
         const Key *k = &config_keys[i];
-        bool is_free = false;
+        bool is_free = !strncmp(k->name, "chat", 4);
         for (size_t j = 0; j < sizeof free_keys / sizeof *free_keys; j++)
             is_free |= !strcmp(k->name, free_keys[j]);
         if (is_free && config_table->given[i]) key_copy(k, &m.config, &run->model.config);
@@ -162,7 +161,7 @@ static void open_data(Run *run, bool strict) {
     const size_t n = run->recipe.max_length, B = run->recipe.batch_size;
     data->recipe = &run->recipe;
     data->tokenizer = m->tokenizer;
-    data->eos = (int)m->config.eos_token_id;
+    data->eos = (int)m->config.eos_token_id[0];
     data->built_in = !*run->job.data;
     if (data->built_in && (!m->tokenizer || data->eos < 0))
         fail(FAILED, "the built-in task is text, but the model has no tokenizer or no "

@@ -353,7 +353,8 @@ static size_t match(const Tokenizer *t, uint32_t alternative, Memo *memo, const 
 // What encode() works with.
 typedef struct {
     const Tokenizer *t;
-    int special;                // whether special tokens are looked for
+    int special;                // whether special tokens are looked for,
+    const char *message;        // [n]  but not where this is 1; NULL: everywhere
     const char *begin;          // of the text
     int *ids;
     size_t *starts;             // where in the text each id starts, or NULL
@@ -549,8 +550,12 @@ static const Added *next_added(const Encoder *e, const char *text, size_t n, uin
         const Added *a = NULL;
         length = 1;
         if (t->starts[(unsigned char)text[*at]]) a = added_at(t, text + *at, n - *at, pass);
-        if (a && (e->special || !(a->flags & SPECIAL))) return a;
-        if (a) token_text(t, a->id, &length);       // it is text, and so is all of it
+        if (!a) continue;
+        token_text(t, a->id, &length);
+        const char *message = e->message ? e->message + (text + *at - e->begin) : NULL;
+        const bool named = e->special && !(message && memchr(message, 1, length));
+        if (named || !(a->flags & SPECIAL)) return a;
+        if (message && memchr(message, 0, length)) length = 1;  // else it is text, and all of it is
     }
     return NULL;
 }
@@ -596,10 +601,11 @@ static void warn_of_nfc(const Tokenizer *t, const char *text, size_t n) {
 // Token ids of n bytes of text; there are never more than n, and `ids` has room for that. starts,
 // of the same length, tells where in the text each begins, white space that it takes along
 // included; it may be NULL. With `special`, the names of special tokens written in the text become
-// their ids. Returns how many.
-static size_t encode(const Tokenizer *t, int *ids, size_t *starts, const char *text, size_t n,
-                     int special) {
-    Encoder e = { .t = t, .ids = ids, .starts = starts, .begin = text, .special = special };
+// their ids, but not where `message`, of the same length, is 1; it may be NULL. Returns how many.
+static size_t encode_around(const Tokenizer *t, int *ids, size_t *starts, const char *text,
+                            size_t n, int special, const char *message) {
+    Encoder e = { .t = t, .ids = ids, .starts = starts, .begin = text, .special = special,
+                  .message = message };
     e.cut = allocate(checked_add(n, 1), "the tokenizer");
     e.memo = allocate(checked_mul(t->n_items, sizeof *e.memo), "the tokenizer");
     e.most_work = checked_mul(4000, checked_add(n, 1000));
@@ -610,6 +616,12 @@ static size_t encode(const Tokenizer *t, int *ids, size_t *starts, const char *t
     release(e.symbol);
     release(e.heap);
     return e.count;
+}
+
+// encode_around() of a text without messages.
+static size_t encode(const Tokenizer *t, int *ids, size_t *starts, const char *text, size_t n,
+                     int special) {
+    return encode_around(t, ids, starts, text, n, special, NULL);
 }
 
 // The bytes of a token, *length of them: none for special tokens and padding.

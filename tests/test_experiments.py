@@ -109,12 +109,14 @@ CHOICES = [(104, [(0, .5), (1, .25)], [(1, .5), (2, .5)]),
            (169, [(0, .25), (3, .25)], [(3, .5), (1, .25)])]
 
 
-def trace_lines(choices=CHOICES):
-    lines = [HEADER]
+def trace_lines(model, choices=CHOICES):
+    """A trace of these choices, as the model of this path would have written it."""
+    lines, fingerprint = [HEADER], Model(model).fingerprint
     for position, (token, *chain) in enumerate(choices):
         for c, chosen in enumerate(chain):
             for k, (expert, weight) in enumerate(chosen):
-                lines.append("\t".join(map(str, (position, token, 1, c, k, expert, weight))))
+                lines.append("\t".join(map(str, (
+                    position, token, 1, c, k, expert, weight, fingerprint))))
     return lines
 
 
@@ -123,8 +125,9 @@ def rows_of(table):
 
 
 def test_statistics(folder):
-    path = write(os.path.join(folder, "trace.tsv"), "\n".join(trace_lines()) + "\n")
-    trace = Trace(path, Model(write_model(os.path.join(folder, "model.bin"))))
+    model = write_model(os.path.join(folder, "model.bin"))
+    path = write(os.path.join(folder, "trace.tsv"), "\n".join(trace_lines(model)) + "\n")
+    trace = Trace(path, Model(model))
     equal("layers that choose", list(trace.experts), [1])
     equal("experts", trace.experts[1][0], [(0, 1), (0, 2), (1, 0), (0, 3)])
     equal("a character of two tokens belongs to the last", trace.labels(), ["h", "i", "", "é"])
@@ -153,7 +156,7 @@ def test_statistics(folder):
 
 def test_faults(folder):
     here = lambda name: os.path.join(folder, name)
-    model, lines = Model(write_model(here("model.bin"))), trace_lines()
+    model, lines = Model(write_model(here("model.bin"))), trace_lines(here("model.bin"))
 
     def bad(what, words, changed):
         path = write(here("bad.tsv"), "".join(line + "\n" for line in changed))
@@ -168,7 +171,9 @@ def test_faults(folder):
     bad("no header", ["line 1"], lines[1:])
     bad("nothing but a header", ["no expert"], lines[:1])
     bad("a word for a number", ["line 3"], line(2, 5, "x"))
-    bad("a number short", ["line 4"], lines[:3] + ["0\t104\t1\t0\t1\t1"] + lines[4:])
+    bad("a number short", ["line 4"], lines[:3] + ["0\t104\t1\t0\t1\t1\t0.5"] + lines[4:])
+    bad("another model", ["line 3", "of the model 01234567", model.fingerprint],
+        line(2, 7, "01234567"))
     bad("an expert too many", ["line 2", "expert 4"], line(1, 5, "4"))
     bad("a negative expert", ["line 2", "expert -1"], line(1, 5, "-1"))
     bad("a layer too many", ["line 2", "layer 2"], line(1, 2, "2"))
@@ -192,12 +197,15 @@ def test_tokenizers(folder):
     bpe = Model(write_model(here("bpe.bin"), 2, section))
     equal("pieces of a tokenizer section", [bpe.piece(i) for i in range(7)], pieces + [b""])
     choices = [(token, *chain) for token, (_, *chain) in zip((0, 1, 3, 4), CHOICES)]
-    path = write(here("trace.tsv"), "\n".join(trace_lines(choices)) + "\n")
+    path = write(here("trace.tsv"), "\n".join(trace_lines(here("bpe.bin"), choices)) + "\n")
     equal("their text", Trace(path, bpe).labels(), ["The", " fox", "na", "ï"])
-    cut = write(here("cut.tsv"), "\n".join(trace_lines(CHOICES[:3])) + "\n")
-    equal("half a character at the end", Trace(cut, Model(write_model(here("bytes.bin")))).labels(),
+    lines = trace_lines(write_model(here("bytes.bin")), CHOICES[:3])
+    cut = write(here("cut.tsv"), "\n".join(lines) + "\n")
+    equal("half a character at the end", Trace(cut, Model(here("bytes.bin"))).labels(),
           ["h", "i", "\ufffd"])
-    equal("no tokenizer", Trace(path, Model(write_model(here("none.bin"), 0))).labels(),
+    path = write(here("ids.tsv"), "\n".join(trace_lines(write_model(here("none.bin"), 0), choices))
+                 + "\n")
+    equal("no tokenizer", Trace(path, Model(here("none.bin"))).labels(),
           ["0 ", "1 ", "3 ", "4 "])
     for what, kind, wrong in (("cut off", 2, section[:60]), ("too short", 2, section[:128]),
                               ("descending", 2, section[:64] + b"\xff" * 4 + section[68:]),
@@ -386,7 +394,7 @@ def test_figures(folder):
         return skip("figures, without matplotlib")
     here = lambda name: os.path.join(folder, name)
     model = write_model(here("model.bin"))
-    trace = write(here("trace.tsv"), "\n".join(trace_lines()) + "\n")
+    trace = write(here("trace.tsv"), "\n".join(trace_lines(model)) + "\n")
     text = write(here("text"), TEXT)
     call(TRAIN, *TINY, "-d", text, "-x", 30, "-b", 2, "-l", 16, "--eval_steps", 10, "-o",
          here("m.bin"), "--log", here("log.tsv"))

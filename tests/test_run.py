@@ -248,6 +248,15 @@ def write_tiny(path, tokenizer=1, spoil=None, section=b"", **config):
     return path
 
 
+def change_lines(path, lines):
+    """Changes lines of a model.bin's config, or adds them."""
+    with open(path, "rb") as f:
+        model = modelbin.parse(f.read())
+    with open(path, "wb") as f:
+        f.write(modelbin.build(model._replace(config=model.config | lines)))
+    return path
+
+
 # ---- running ----------------------------------------------------------------------------------
 
 class Result:
@@ -327,7 +336,7 @@ def test_golden(name, folder):
         with open(table) as f:
             head, *lines = f.read().splitlines()
         check(f"{name}: header of the trace",
-              head == "position\ttoken\tlayer\titeration\trank\texpert\tweight", head)
+              head == "position\ttoken\tlayer\titeration\trank\texpert\tweight\tmodel", head)
         expected = []           # every layer with experts, position by position
         for position in range(n):
             for key in sorted(k for k in golden if k.startswith("routing") and "experts" in k):
@@ -338,6 +347,9 @@ def test_golden(name, folder):
                     expected.append(([position, sequence[position], int(layer), int(t), rank,
                                       golden[key][1][at]], weight))
         rows = [line.split("\t") for line in lines]
+        with open(model, "rb") as f:
+            crc = f"{struct.unpack_from('<I', f.read(12), 8)[0]:08x}"
+        check(f"{name}: the trace names the model", {row[7] for row in rows} in ({crc}, set()), crc)
         rows = [([*map(int, row[:6])], float(row[6])) for row in rows if int(row[0]) < n]
         check(f"{name}: routing", [x for x, _ in rows] == [x for x, _ in expected],
               [x for x in zip(rows, expected) if x[0][0] != x[1][0]][:1] or len(rows))
@@ -407,7 +419,7 @@ def read_trace(path):
     calls = {}
     with open(path) as f:
         for line in list(f)[1:]:
-            position, _, layer, iteration, _, expert, w = line.split("\t")
+            position, _, layer, iteration, _, expert, w, _ = line.split("\t")
             calls.setdefault((position, layer, iteration), []).append((int(expert), float(w)))
     return calls
 
@@ -784,27 +796,65 @@ def test_lens(folder):
 
 # ---- chat -------------------------------------------------------------------------------------
 
-def conversation(model, messages, n, context):
-    """What -m chat should answer, by generating with --ids; what it should say was forgotten."""
-    ids, answers, forgotten = [256], "", 0
+BOS, EOS = "<|beginoftext|>", "<|endoftext|>"
+DEEPSEEK_V2 = {"begin": BOS + "User: ", "system": BOS, "system_user": "\n\nUser: ",
+               "user_assistant": "\n\nAssistant: ", "assistant_user": EOS + "User: ",
+               "answer": "\n\nAssistant:", "trim": ""}
+CHATML = {"begin": "<|im_start|>user\n", "system": "<|im_start|>system\n",
+          "system_user": "<|im_end|>\n<|im_start|>user\n", "answer": EOS + "\n<|im_start|>answer\n",
+          "user_assistant": EOS + "\n<|im_start|>answer\n", "trim": "user assistant",
+          "assistant_user": EOS + "\n<|im_start|>user\n"}
+
+
+def conversation(model, messages, n, context, pieces=DEEPSEEK_V2, system=None):
+    """What -m chat should answer, by generating with --ids; what it should say was forgotten; and
+    the ids that should go in each time."""
+    def ids_of(history):
+        ids, before = [], "system" if system is not None else "begin"
+        if system is not None:
+            ids += of_piece("system") + of_message("system", system)
+            before = "system_user"
+        for i, message in enumerate(history):
+            ids += of_piece(before) + of_message(("user", "assistant")[i % 2], message)
+            before = ("user_assistant", "assistant_user")[i % 2]
+        return ids + of_piece("answer")
+
+    def of_piece(name):
+        parts = re.split(f"({re.escape(BOS)}|{re.escape(EOS)})", pieces[name])
+        return sum(([256] if p == BOS else [257] if p == EOS else list(p.encode()) for p in parts), [])
+
+    def of_message(role, message):
+        text = message if isinstance(message, bytes) else message.encode()
+        if role in pieces["trim"].split():
+            text = text.decode("utf-8", "surrogateescape").strip().encode("utf-8", "surrogateescape")
+        return list(text)
+    history, start, answers, forgotten, prompts = [], 0, "", 0, []
+    rest = pieces["user_assistant"].removeprefix(pieces["answer"]).encode()
     for message in messages:
-        turn = list(b"User: " + message.encode() + b"\n\nAssistant:")
-        if 1 + len(turn) + 2 > context:
+        history.append(message)
+        last, ids, room = len(history) - 1, ids_of(history[start:]), min(n, context // 4) + 1
+        alone = len(ids_of(history[last:]))
+        if start < last and len(ids) + room > context:
+            most, whole = min(context // 2, context - min(room, context)), len(ids)
+            fitting = [i for i in range(start + 2, last, 2) if len(ids_of(history[i:])) <= most]
+            kept = min([*fitting, last])
+            ids = ids_of(history[kept:])
+            forgotten += (whole - len(ids)) * (len(ids) + 2 <= context)
+        else:
+            kept = start
+        if len(ids) + 2 > context:
+            assert alone + 2 > context
+            history.pop()
             continue
-        needed = len(turn) + min(n, context // 4) + 1
-        if len(ids) > 1 and len(ids) + needed > context:
-            turns = [i + 1 for i in range(len(ids)) if ids[i] == 257]
-            keep = min(context // 2, context - min(needed, context))
-            first = min(i for i in turns if 1 + len(ids) - i <= keep or i == len(ids))
-            ids, forgotten = [256] + ids[first:], forgotten + first - 1
-        ids += turn
+        start = kept
         r = run(model, "--ids", "-t", 0, "-n", min(n, context - 1 - len(ids)), "-i", text_of(ids))
+        prompts.append(ids)
         answer = r.ids()[len(ids):]
-        answers += bytes(i for i in answer if i < 256).decode("utf-8", "replace") + "\n"
-        ids += answer
-        if ids[-1] != 257:
-            ids.append(257)
-    return answers, forgotten
+        text = bytes(i for i in answer if i < 256)
+        answers += text.decode("utf-8", "replace") + "\n"
+        cut = rest and rest != pieces["user_assistant"].encode() and text.startswith(rest)
+        history.append(text[len(rest):] if cut else text)
+    return answers, forgotten, prompts
 
 
 def test_chat(folder):
@@ -815,13 +865,54 @@ def test_chat(folder):
     for n, context in ((20, 512), (9, 150), (60, 200), (0, 150), (30, 110)):
         r = run(model, "-m", "chat", "-t", 0, "-n", n, "-c", context,
                 input="".join(x + "\n" for x in lines).encode())
-        expected, forgotten = conversation(model, lines, n, context)
+        expected, forgotten, _ = conversation(model, lines, n, context)
         check(f"chat with -n {n} -c {context}", r.code == 0 and r.out == expected, (r, expected))
         said = [int(x.split()[-3]) for x in r.err.splitlines() if "forgotten" in x]
         check(f"chat with -n {n} -c {context} forgets {forgotten}", sum(said) == forgotten and
               all(x.startswith(("chat: ", "model: ", "sampling: ")) for x in r.err.splitlines()), r)
     check("chats of this length do forget", forgotten > 0)
-    first, _ = conversation(model, lines[:2], 20, 512)
+    forms = (("ChatML", CHATML, None), ("ChatML with a system message", CHATML, "be\nbrief "),
+             ("DeepSeek-V2 with one", DEEPSEEK_V2, "  " + EOS),
+             ("no BOS, all trimmed", DEEPSEEK_V2 | {"begin": "", "trim": "system user assistant"},
+              "\u3000s\t"))
+    for what, pieces, system in forms:
+        is_v2 = pieces is DEEPSEEK_V2
+        form = change_lines(write_tiny(here("form.bin"), max_position_embeddings=512),
+                          {"chat_template": "pieces"} | {
+                              f"chat.{name}": json.dumps(text) for name, text in pieces.items()})
+        said = ["  hello\t", "\u00a0\x1cwhat is <|endoftext|>?\x1f ", "and", "a" * 60, "b"]
+        for n, context in ((15, 500), (20, 220)):
+            args = ("-m", "chat", "-t", 0, "-n", n, "-c", context, "--verbose-prompt")
+            args += () if system is None else ("--system", system)
+            text = "".join(x + "\n" for x in said).encode()
+            r = run(form, *args, input=text)
+            expected, _, prompts = conversation(form, said, n, context, pieces, system)
+            found = [[*map(int, line.split()[1:])] for line in r.err.splitlines()
+                     if line.startswith("prompt: ")]
+            check(f"chat: {what}: the ids that go in", found == prompts, (r, prompts))
+            check(f"chat: {what}: the answers", r.code == 0 and r.out == expected, (r, expected))
+            if is_v2:
+                old = run(model, *args, input=text)
+                check(f"chat: {what}: deepseek_v2 stands for its pieces", old.out == r.out, old)
+    bare = change_lines(write_tiny(here("bare.bin")), {"chat_template": "pieces",
+                                                     "chat.answer": '"A"'})
+    r = run(bare, "-m", "chat", "--system", "x", input=b"x\n")
+    check("chat: no place for a system message", r.code == 2 and len(r.errors) == 1 and
+          "--system" in r.err and "bare.bin" in r.err, r)
+    r = run(model, "-t", 0, "-n", 2, "-i", "ab", "--verbose-prompt")
+    check("generate: --verbose-prompt", "prompt: 256 97 98\n" in r.err, r)
+    for args in (("--system", "x"), ("-m", "info", "--verbose-prompt")):
+        r = run(model, *args)
+        check(f"{args} where it does not belong", r.code == 2 and args[-2 + len(args) % 2] and
+              len(r.errors) == 1, r)
+    ends = {"eos_token_id": "[257, 7]", "generation_config.eos_token_id": "[9, 11]"}
+    text = run(model, "--ids", "-t", 0, "-n", 30, "-i", "256 72 105").ids()
+    for name in ends:               # whichever comes first ends it, of either list
+        for i in (3, 6):
+            stop = change_lines(write_tiny(here("ends.bin")), ends | {name: f"[250, {text[i]}]"})
+            r = run(stop, "--ids", "-t", 0, "-n", 30, "-i", "256 72 105")
+            check(f"{name}: generation stops at any", r.ids() == text[:text.index(text[i], 3) + 1], r)
+    first = conversation(model, lines[:2], 20, 512)[0]
     for what, args, text in (("a prompt, then lines", ("-i", lines[0]), lines[1] + "\n"),
                              ("the last line without its end", (), "\n".join(lines[:2])),
                              ("empty lines, Windows' line ends", (),
@@ -836,7 +927,7 @@ def test_chat(folder):
     check("chat: end of file", r.code == 0 and r.out == "" and not r.errors, r)
     r = run(model, "-m", "chat", "-t", 0, "-n", 5, "-c", 60, input=b"x" * 99 + b"\nhello\n")
     check("chat: a message that does not fit is passed over", r.code == 0 and
-          r.out == conversation(model, ["hello"], 5, 60)[0] and "117" in r.err and "60" in r.err, r)
+          r.out == conversation(model, ["hello"], 5, 60)[0] and "118" in r.err and "60" in r.err, r)
     r = run(model, "-m", "chat", "-t", 0, "-n", -1, "-c", 60, "--ignore-eos", input=b"x\n")
     check("chat: an answer ends where the context does", r.code == 0 and "ends here" in r.err, r)
     wild = ("-m", "chat", "-t", 2, "-k", 0, "-n", 30, "--repeat-penalty", 1.2, "-s")

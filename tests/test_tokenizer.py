@@ -350,23 +350,24 @@ def test_settings(tmp, run):
         if jinja is not None:
             write(f"{folder}/chat_template.jinja", jinja)
         notes = good(folder, path).splitlines()[:-1]           # the last one describes the model
-        wanted = "bpe", ("false", "true")[add_bos], ("none", "deepseek_v2")[chat]
+        wanted = "bpe", ("false", "true")[add_bos], ("none", "deepseek_v2", "pieces")[chat]
         check(of_text(path) == wanted, f"{of_text(path)}, wanted {wanted}")
-        check(len(notes) == bool(words) and all(word in "".join(notes) for word in words),
+        check(bool(notes) == bool(words) and all(word in "".join(notes) for word in words),
               f"{notes}, wanted {words}")
     case(None, None, 0, 0)
     case(post, None, 1, 0)
     case(several, None, 1, 0)
-    case(after, None, 0, 0)
+    case(after, None, 0, 0, "warning: the tokenizer adds <|endoftext|> behind every text")
     case(post, {}, 1, 0)
-    case(post, {"add_bos_token": False}, 0, 0)
-    case(BYTE_LEVEL, {"add_bos_token": True}, 1, 0)
+    case(post, {"add_bos_token": False}, 1, 0, "add_bos_token false does not count", "gets BOS")
+    case(BYTE_LEVEL, {"add_bos_token": True}, 0, 0, "true does not count", "gets no BOS")
     case(post, None, 0, 0, config=ids | {"bos_token_id": None})
     case(post, None, 0, 0, config=ids | {"bos_token_id": bos + 1})
     case(None, {"bos_token": END, "eos_token": {"content": "<tool>"}}, 0, 0)
     case(None, {"bos_token": "<tool>"}, 0, 0, "s/tokenizer_config.json: warning: bos_token",
          f'"<tool>" is {bos + 1}, bos_token_id of config.json {bos}')
-    case(None, {"eos_token": "<none>"}, 0, 0, "eos_token", "no token", f"{bos + 1}")
+    case(None, {"eos_token": "<none>"}, 0, 0, "adds, as transformers does", f"<none> ({bos + 8})",
+         f'warning: eos_token "<none>" is {bos + 8}, eos_token_id of config.json {bos + 1}')
     case(None, {"bos_token": END}, 0, 0, "config.json null", config={})
     chat = ("{% if not add_generation_prompt is defined %}{% set add_generation_prompt = false %}"
             "{% endif %}{{ bos_token }}{% for message in messages %}{% if message['role'] == 'user'"
@@ -375,22 +376,27 @@ def test_settings(tmp, run):
             "message['role'] == 'system' %}{{ message['content'] + '\n\n' }}{% endif %}{% endfor %}"
             "{% if add_generation_prompt %}{{ 'Assistant:' }}{% endif %}")
     other = chat.replace("'User: '", "'Human: '")
-    case(None, {"chat_template": chat}, 0, 1)
-    case(None, {"chat_template": chat.replace("\n", "\\n").replace("{{ ", "{{-")}, 0, 1)
+    tokens = {"bos_token": END, "eos_token": "<tool>"}         # what a template may ask for
+    case(None, {"chat_template": chat} | tokens, 0, 1)
+    case(None, {"chat_template": chat.replace("\n", "\\n").replace("{{ ", "{{-")} | tokens, 0, 1)
     named = [{"name": "tool", "template": other}, {"name": "default", "template": chat}]
-    case(None, {"chat_template": named}, 0, 1)
+    case(None, {"chat_template": named} | tokens, 0, 1)
     case(None, {"chat_template": named[:1]}, 0, 0)
-    case(None, {"chat_template": other}, 0, 0, "tokenizer_config.json: the chat_template is not")
-    case(None, {"chat_template": chat.replace("{{ bos_token }}", "")}, 0, 0, "no ./run -m chat")
-    case(None, {"chat_template": other}, 0, 1, jinja=chat)
-    case(None, {"chat_template": chat}, 0, 0, "s/chat_template.jinja", jinja=other)
+    case(None, {"chat_template": other} | tokens, 0, 2)
+    case(None, {"chat_template": chat.replace("{{ bos_token }}", "")} | tokens, 0, 2)
+    case(None, {"chat_template": chat} | {"bos_token": END}, 0, 0,
+         "s/tokenizer_config.json: the chat_template cannot be run (UndefinedError: 'eos_token' is")
+    case(None, {"chat_template": other} | tokens, 0, 1, jinja=chat)
+    case(None, {"chat_template": chat} | tokens, 0, 2, jinja=other)
+    case(None, {"chat_template": chat}, 0, 0, "s/chat_template.jinja: the chat_template",
+         jinja="{% for %}")
     write(f"{folder}/chat_template.jinja", b"\xff")
     bad([folder, f"{tmp}/no.bin"], "chat_template.jinja")
     os.remove(f"{folder}/chat_template.jinja")
     write(f"{folder}/tokenizer_config.json", {"chat_template": [3]})
     bad([folder, f"{tmp}/no.bin"], "tokenizer_config.json", "chat_template")
 
-    case(post, {"chat_template": chat}, 1, 1)
+    case(post, {"chat_template": chat} | tokens, 1, 1)
     section = tables(path)["section"]
     good(path, f"{tmp}/half.bin", "--dtype", "bf16")
     check(tables(f"{tmp}/half.bin")["section"] == section
@@ -407,7 +413,7 @@ def test_settings(tmp, run):
     check(read(f"{tmp}/again.bin") == data, "version 1 becomes version 2")
     slots = [(old[:8 * slot] + struct.pack("<q", value) + old[8 * slot + 8:], name)
              for slot, value, name in ((6, 0, "tokenizer"), (6, 1, "tokenizer"),
-                                       (3, 0, "tokenizer"), (65, 2, "chat_template"),
+                                       (3, 0, "tokenizer"), (65, 3, "chat_template"),
                                        (65, -1, "chat_template"))]
     lines = [(test_export.changed(data, **{name: value}), name)
              for name, value in (("tokenizer", "none"), ("tokenizer", "bytes"),
@@ -422,7 +428,7 @@ def test_settings(tmp, run):
                       "continuing_subword_prefix": "", "end_of_word_suffix": ""}
     same["pre_tokenizer"] = {"type": "Sequence", "pretokenizers": [same["pre_tokenizer"]]}
     del same["model"]["type"], same["normalizer"], same["decoder"]
-    good(checkpoint(f"{tmp}/same", same), f"{tmp}/same.bin")
+    good(checkpoint(f"{tmp}/same", same, settings=tokens), f"{tmp}/same.bin")
     check(tables(f"{tmp}/same.bin")["section"] == section, "other ways to write the same")
     # A merge of tokens that text cannot become is no merge, but it has a rank.
     more = json.loads(json.dumps(t))
