@@ -43,19 +43,16 @@
 #ifndef COE_C
 #define COE_C
 #include "lib/base.h"
+#include "lib/generation.h"
 
 // ---- [1] config ---------------------------------------------------------------------------------
-// The keys of config.json under their own names, those of its rope_scaling as rope_scaling_...;
-// then what generation_config.json and the tokenizer's files say. lib/config.h has the range and
-// the default of each. A size that config.json calls null is 0 here.
+// The keys of config.json under their own names, those of its rope_scaling as rope_scaling_type and
+// so on. lib/config.h has the range and the default of each. A size that config.json calls null is
+// 0 here.
 
 enum { GREEDY, GROUP_LIMITED_GREEDY };              // topk_method
 enum { NO_SCALING, LINEAR, YARN };                  // rope_scaling.type
 enum { FLOAT32, BFLOAT16 };                         // torch_dtype
-enum { NO_TEMPLATE, DEEPSEEK_V2, PIECES };          // chat_template
-enum { MOST_ENDS = 8 };                             // ids that end a text, at most
-enum { CHAT_BEGIN, CHAT_SYSTEM, CHAT_SYSTEM_USER, CHAT_USER_ASSISTANT, CHAT_ASSISTANT_USER,
-       CHAT_ANSWER, CHAT_TRIM, CHAT_KEYS };         // keys of PIECES, see lib/chat.h
 
 typedef struct {
     size_t vocab_size;              // V  tokens in the vocabulary
@@ -98,17 +95,8 @@ typedef struct {
     bool attention_bias;            // biases in the q_a, kv_a and o projections
     bool tie_word_embeddings;       // lm_head is embed_tokens
     double initializer_range;       // standard deviation of fresh weights
-    int64_t bos_token_id;           // token that starts a text; -1: none
-    int64_t eos_token_id[MOST_ENDS];        // tokens that end a text, train's first; -1: no more
-    int64_t generation_eos[MOST_ENDS];      // those that generation_config.json has
     int torch_dtype;                // of the checkpoint that export.py read or will write
-    double temperature;             // defaults for generating, -1 where the checkpoint had none
-    int64_t top_k;
-    double top_p, min_p, repetition_penalty;
-    bool add_bos_token;             // a text gets BOS in front
-    int chat_template;              // form of a conversation
-    const char *chat[CHAT_KEYS];    // with PIECES: what stands around messages
-    const char *default_prompt;     // what generating starts from where no prompt is given
+    GenerationConfig generation;    // what concerns texts rather than weights: lib/generation.h
 } Config;
 
 // LETTERS(config) declares the sizes of a model as local constants, under their letters. K is 0 in

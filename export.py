@@ -1492,7 +1492,8 @@ def read_tokenizer(folder, c, alone=False):
     of model.bin, empty where the tokens are bytes."""
     path, settings_path = os.path.join(folder, TOKENIZER), os.path.join(folder, SETTINGS)
     settings = read_json(settings_path) if os.path.lexists(settings_path) else {}
-    if os.path.lexists(path):
+    whole = os.path.lexists(path)
+    if whole:
         found = read_json(path)
     else:
         found, path = from_vocab_and_merges(folder, settings), os.path.join(folder, VOCAB)
@@ -1516,7 +1517,9 @@ def read_tokenizer(folder, c, alone=False):
     c["tokenizer"] = "bytes" if same else "bpe"
     with blaming_tokenizer(path):
         section = b"" if same else bpe_section(found, c)
-        c["add_bos_token"] = begins_with_bos(found, c)
+        c["add_bos_token"] = begins_with_bos(found, c) if whole else (
+            settings.get("add_bos_token") is True
+            and ids.get(text_of(settings.get("bos_token"))) == c.bos_token_id)
     warn_of_settings(found, settings, ids, c, settings_path)
     names = {name: text_of(settings[name]) for name in SPECIAL_NAMES if settings.get(name)}
     c |= chat_template(folder, settings, names, ids, c)
@@ -1584,10 +1587,8 @@ def from_vocab_and_merges(folder, settings):
     if qwen:
         cut = {"type": "Sequence", "pretokenizers": [
             {"type": "Split", "pattern": {"Regex": QWEN2}, "behavior": "Isolated"}, cut]}
-    bos = text_of(settings.get("bos_token")) if settings.get("add_bos_token") is True else None
     return {"added_tokens": [], "normalizer": {"type": "NFC"} if qwen else None,
             "pre_tokenizer": cut, "decoder": {"type": "ByteLevel"},
-            "post_processor": bos and template_processor(bos, read_json(vocab).get(bos, -1)),
             "model": {"type": "BPE", "vocab": read_json(vocab), "merges": [
                 line.rstrip("\r") for line in lines if line.strip()]}}
 
@@ -1624,21 +1625,15 @@ def with_outside_tokens(found, settings, folder, vocab_size):
                        and isinstance(token, str)]
     named_specials = [named.get(text_of(token), token) for token in named_specials]
 
-    before = list(known.values())
-    first = [token for _, token in sorted(outside.items()) if token not in before]
-    there = {*known, *(token["content"] for token in first)}
-    for token in [*named_specials, *extra_tokens(settings)]:
-        if text_of(token) not in there and token not in first:
-            first.append(token)
+    new = [token for _, token in sorted(outside.items())]
+    there = {*known, *(token["content"] for token in new)}
+    new += [token for token in [*named_specials, *extra_tokens(settings)]
+            if text_of(token) not in there]
     special = {text_of(token) for token in named_specials}
     added = Added(found)
-    for token in first:
-        token = as_token(token, special=True) if isinstance(token, str) else token
-        if token["content"] in special:
-            token["special"] = True
-        added.add(token)
-    for token in [*named_specials, *extra_tokens(settings)]:
-        added.add(as_token(token, special=True) | {"special": True})
+    for token in new:
+        token = as_token(token, special=True)
+        added.add(token | {"special": True} if token["content"] in special else token)
     new = {content: added.ids[content] for content in added.tokens if content not in known}
     for fits, what in ((True, "adds, as transformers does,"), (False, "warning: leaves out")):
         names = [f"{content} ({i})" for content, i in new.items() if (i < vocab_size) == fits]
@@ -1663,7 +1658,7 @@ class Added:
 
     def add(self, token):
         content = token["content"]
-        if content:
+        if content:                     # an id of its own: the first behind all others
             end = max([len(self.vocab), *(i + 1 for i in self.ids.values())])
             self.ids.setdefault(content, self.vocab.get(content, end))
             self.tokens[content] = dict(token)
@@ -1671,8 +1666,9 @@ class Added:
 
 def as_token(token, special=False):
     """A token with its flags, from its text or an object with some of them."""
-    if not isinstance(token, dict):
-        return {"content": str(token)} | NO_FLAGS | {"normalized": not special, "special": special}
+    if isinstance(token, str):
+        return {"content": token} | NO_FLAGS | {"normalized": not special, "special": special}
+    must(isinstance(token, dict), "{} is no token", token)
     token = NO_FLAGS | {key: value for key, value in token.items() if key != "__type"}
     token.setdefault("special", special)
     token.setdefault("normalized", not token["special"])
@@ -1707,7 +1703,7 @@ def byte_tokenizer(c):
     config = {"tokenizer_class": "PreTrainedTokenizerFast", "add_bos_token": c.add_bos_token,
               "bos_token": bos, "eos_token": special.get(first_eos(c)),
               "pad_token": special[257], "clean_up_tokenization_spaces": False,
-              "model_max_length": c.max_position_embeddings}
+              "model_max_length": c.get("max_position_embeddings")}
     return tokenizer, config
 
 

@@ -40,14 +40,14 @@ typedef struct {                    // everything that the parts of the program 
 static void read_documents(Run *run, const char *text, size_t n) {
     const Config *c = &run->model.config;
     const Settings *set = &run->set;
-    const bool bos = c->add_bos_token && c->bos_token_id >= 0;
+    const bool bos = c->generation.add_bos_token && c->generation.bos_token_id >= 0;
     check_text(set->file, &text, &n, set->allow_bytes);
-    Stream s = tokenize_documents(run->model.tokenizer, text, n, (int)c->eos_token_id[0],
+    Stream s = tokenize_documents(run->model.tokenizer, text, n, (int)c->generation.eos_token_id[0],
                                   set->completion_only_loss ? set->completion_marker : NULL, true,
                                   set->file);
     run->n_tokens = bos + s.n;
     run->tokens = allocate(checked_mul(run->n_tokens + 1, sizeof(int)), "the tokens");
-    if (bos) run->tokens[0] = (int)c->bos_token_id;
+    if (bos) run->tokens[0] = (int)c->generation.bos_token_id;
     memcpy(run->tokens + bos, s.tokens, s.n * sizeof(int));
     if (s.counts) {
         run->counts = allocate(run->n_tokens, "which tokens count");
@@ -67,13 +67,13 @@ static void read_tokens(Run *run) {
     char *from_file = set->file ? read_file(set->file, &n) : NULL;
     const char *text = from_file ? from_file : set->prompt;
     if (!text && set->mode == GENERATE && !set->ids && run->model.tokenizer) {
-        text = c->default_prompt;
+        text = c->generation.default_prompt;
         n = strlen(text);
     }
     if (!set->ids && !run->model.tokenizer)
         fail(FAILED, "%s: has no tokenizer and cannot read text: --ids takes token ids", run->path);
     const bool documents = (set->mode == EVAL || set->mode == LENS) && from_file && !set->ids;
-    if (documents && c->eos_token_id[0] >= 0) {
+    if (documents && c->generation.eos_token_id[0] >= 0) {
         read_documents(run, text, n);
         free(from_file);
         return;
@@ -84,16 +84,16 @@ static void read_tokens(Run *run) {
         const int code = set->file ? FAILED : WRONG_USAGE;
         run->n_tokens = parse_ids(run->tokens, text, n, (int64_t)c->vocab_size, where, code);
     } else {
-        const int bos = set->mode != TOKENIZE && c->add_bos_token && c->bos_token_id >= 0;
-        if (bos) run->tokens[0] = (int)c->bos_token_id;
+        const int bos = set->mode != TOKENIZE && c->generation.add_bos_token && c->generation.bos_token_id >= 0;
+        if (bos) run->tokens[0] = (int)c->generation.bos_token_id;
         run->n_tokens = (size_t)bos;
         run->n_tokens += encode(run->model.tokenizer, run->tokens + bos, NULL, text, n, 1);
         run->text_bytes = n;
     }
     if (set->mode == GENERATE && !run->n_tokens) {
-        if (c->bos_token_id < 0)
+        if (c->generation.bos_token_id < 0)
             fail(FAILED, "%s: has no bos_token_id, so it needs a prompt to start from", run->path);
-        run->tokens[run->n_tokens++] = (int)c->bos_token_id;
+        run->tokens[run->n_tokens++] = (int)c->generation.bos_token_id;
     }
     free(from_file);
 }
@@ -197,11 +197,11 @@ static Sampler sampler_new(const Run *run) {
     timespec_get(&now, TIME_UTC);
     const uint64_t clock_seed = (uint64_t)now.tv_sec * 1000000 + (uint64_t)now.tv_nsec / 1000;
     Sampler s = {
-        .temperature = resolve(run, "temp", c->temperature),
-        .top_k = (int64_t)resolve(run, "top-k", (double)c->top_k),
-        .top_p = resolve(run, "top-p", c->top_p),
-        .min_p = resolve(run, "min-p", c->min_p),
-        .repetition_penalty = resolve(run, "repeat-penalty", c->repetition_penalty),
+        .temperature = resolve(run, "temp", c->generation.temperature),
+        .top_k = (int64_t)resolve(run, "top-k", (double)c->generation.top_k),
+        .top_p = resolve(run, "top-p", c->generation.top_p),
+        .min_p = resolve(run, "min-p", c->generation.min_p),
+        .repetition_penalty = resolve(run, "repeat-penalty", c->generation.repetition_penalty),
         .rng = set->seed < 0 ? clock_seed : (uint64_t)set->seed,
     };
     fprintf(stderr, "sampling: temp %g, top-k %lld, top-p %g, min-p %g, repeat-penalty %g, "
@@ -257,8 +257,8 @@ static void read_on(Run *run, size_t from, size_t n) {
     last_logits(run, row, n - 1);
 }
 
-// Adds tokens to the n that have been run, and prints them, until there are `most` or one comes that
-// ends a text. Returns how many there are then; the last one that is added is not run.
+// Adds tokens to the n that have been run, and prints them, until there are `most` or one comes
+// that ends a text. Returns how many there are then; the last one that is added is not run.
 static size_t write_on(Run *run, Writer *w, size_t n, size_t most) {
     const unsigned char *penalised = w->sampler.repetition_penalty == 1 ? NULL : w->seen;
     while (n < most) {
@@ -268,7 +268,7 @@ static size_t write_on(Run *run, Writer *w, size_t n, size_t most) {
         w->seen[id] = 1;
         print_token(&w->printer, id);
         flush_stdout();
-        const bool ends = !run->set.ignore_eos && ends_text(&run->model.config, id);
+        const bool ends = !run->set.ignore_eos && ends_text(&run->model.config.generation, id);
         if (ends || n == most || interrupted) break;
         read_on(run, n - 1, n);
     }
@@ -533,12 +533,12 @@ static void chat(Run *run) {
         end_line(&w);
         if (interrupted) exit(INTERRUPTED);
         n_run = end > n ? end - 1 : n;
-        if (end == run->context - 1 && !ends_text(c, run->tokens[end - 1]))
+        if (end == run->context - 1 && !ends_text(&c->generation, run->tokens[end - 1]))
             fprintf(stderr, "chat: the context of %zu tokens is full: the answer ends here\n",
                     run->context);
         for (size_t i = n, bytes; i < end; i++) {
             const char *text = decode(run->model.tokenizer, run->tokens[i], &bytes);
-            if (i + 1 < end || !ends_text(c, run->tokens[i])) add_text(&answer, text, bytes);
+            if (i + 1 < end || !ends_text(&c->generation, run->tokens[i])) add_text(&answer, text, bytes);
         }
         chat_add(&chat, answer);
     }

@@ -1,8 +1,9 @@
-// lib/chat.h - a conversation, as the text that a model has learned to go on from. Included by run.c.
+// lib/chat.h - a conversation, as the text that a model has learned to go on from. Included by
+// run.c.
 //
-// The chat template of a checkpoint is a program in Jinja. export.py runs it and looks at what comes
-// out; a model file has the pieces that stand around the messages, under chat.begin and so on in
-// its config. A conversation of questions Q and answers A is
+// The chat template of a checkpoint is a program in Jinja. export.py runs it and looks at what
+// comes out; a model file has the pieces that stand around the messages, under chat.begin and so on
+// in its config. A conversation of questions Q and answers A is
 //
 //     begin Q user_assistant A assistant_user Q user_assistant A assistant_user Q answer
 //
@@ -36,15 +37,15 @@ static char *token_name(const Model *m, int64_t id) {
 static Chat chat_new(const Model *m, const char *system, const char *path) {
     const Config *c = &m->config;
     Chat chat = { .has_system = system != NULL };
-    if (!c->chat_template)
+    if (!c->generation.chat_template)
         fail(FAILED, "%s: has no chat template, which --mode chat needs; generate continues a text",
              path);
-    if (c->eos_token_id[0] < 0 && c->generation_eos[0] < 0)
+    if (c->generation.eos_token_id[0] < 0 && c->generation.generation_eos[0] < 0)
         fail(FAILED, "%s: has no eos_token_id, which --mode chat needs", path);
-    if (c->chat_template == PIECES) {
-        memcpy(chat.piece, c->chat, sizeof chat.piece);
+    if (c->generation.chat_template == PIECES) {
+        memcpy(chat.piece, c->generation.chat, sizeof chat.piece);
     } else {
-        const char *bos = token_name(m, c->bos_token_id), *eos = token_name(m, c->eos_token_id[0]);
+        const char *bos = token_name(m, c->generation.bos_token_id), *eos = token_name(m, c->generation.eos_token_id[0]);
         chat.piece[CHAT_BEGIN] = joined(bos, "User: ", "");
         chat.piece[CHAT_SYSTEM] = bos;
         chat.piece[CHAT_SYSTEM_USER] = "\n\nUser: ";

@@ -236,8 +236,9 @@ static const Key *key_named(const Key *keys, size_t n, const char *name, size_t 
 // In the order of the struct in coe.c [1]. What a new model starts with is the demo's.
 
 #define ROW(field, ...) { KEY(Config, field), __VA_ARGS__ }
-#define CHAT_ROW(i, name, what) { KEY_AS(Config, chat[i], "chat." name), .init = "", .absent = "", \
-                                  .help = what }
+#define TEXT_ROW(field, ...) { KEY_AS(Config, generation.field, #field), __VA_ARGS__ }
+#define CHAT_ROW(i, name, what) { KEY_AS(Config, generation.chat[i], "chat." name), .init = "", \
+                                  .absent = "", .help = what }
 static const Key config_keys[] = {
     ROW(vocab_size, RANGE(1, 1 << 24), .init = "258",
         .help = "tokens in the vocabulary, V"),
@@ -319,28 +320,28 @@ static const Key config_keys[] = {
         .help = "lm_head is embed_tokens"),
     ROW(initializer_range, RANGE(0, 1e9), .init = "0.06",
         .help = "deviation of fresh weights"),
-    ROW(bos_token_id, RANGE(-1, 1 << 24), .words = "null", .init = "257",
+    TEXT_ROW(bos_token_id, RANGE(-1, 1 << 24), .words = "null", .init = "257",
         .help = "token that starts a text; EOS, as between documents"),
-    ROW(eos_token_id, RANGE(-1, 1 << 24), .words = "null", .init = "257",
+    TEXT_ROW(eos_token_id, RANGE(-1, 1 << 24), .words = "null", .init = "257",
         .help = "token that ends a text; of several, the first ends training texts"),
-    { KEY_AS(Config, generation_eos, "generation_config.eos_token_id"), RANGE(-1, 1 << 24),
+    { KEY_AS(Config, generation.generation_eos, "generation_config.eos_token_id"), RANGE(-1, 1 << 24),
         .words = "null", .init = "null", .absent = "null",
         .help = "more tokens that end what is generated" },
     ROW(torch_dtype, .words = "float32|bfloat16", .init = "float32",
         .help = "type of the weights in safetensors"),
-    ROW(temperature, RANGE(-1, 1e9), .init = "-1",
+    TEXT_ROW(temperature, RANGE(-1, 1e9), .init = "-1",
         .help = "generation default; -1: none given"),
-    ROW(top_k, RANGE(-1, 1 << 24), .init = "-1",
+    TEXT_ROW(top_k, RANGE(-1, 1 << 24), .init = "-1",
         .help = "generation default; -1: none given"),
-    ROW(top_p, RANGE(-1, 1), .init = "-1",
+    TEXT_ROW(top_p, RANGE(-1, 1), .init = "-1",
         .help = "generation default; -1: none given"),
-    ROW(min_p, RANGE(-1, 1), .init = "-1",
+    TEXT_ROW(min_p, RANGE(-1, 1), .init = "-1",
         .help = "generation default; -1: none given"),
-    ROW(repetition_penalty, RANGE(-1, 1e9), .init = "-1",
+    TEXT_ROW(repetition_penalty, RANGE(-1, 1e9), .init = "-1",
         .help = "generation default; -1: none given"),
-    ROW(add_bos_token, .init = "true",
+    TEXT_ROW(add_bos_token, .init = "true",
         .help = "text gets BOS in front"),
-    ROW(chat_template, .words = "none|deepseek_v2|pieces", .init = "none",
+    TEXT_ROW(chat_template, .words = "none|deepseek_v2|pieces", .init = "none",
         .help = "form of a conversation, for run --mode chat; pieces: the following"),
     CHAT_ROW(CHAT_BEGIN, "begin", "what stands before the first message of the user"),
     CHAT_ROW(CHAT_SYSTEM, "system", "before a system message, where there is one"),
@@ -348,11 +349,12 @@ static const Key config_keys[] = {
     CHAT_ROW(CHAT_USER_ASSISTANT, "user_assistant", "between a message of the user and its answer"),
     CHAT_ROW(CHAT_ASSISTANT_USER, "assistant_user", "between an answer and the user's next"),
     CHAT_ROW(CHAT_ANSWER, "answer", "behind the last message, where the model goes on"),
-    CHAT_ROW(CHAT_TRIM, "trim", "whose messages lose white space at their ends: system user assistant"),
-    ROW(default_prompt, .init = "", .absent = "",
+    CHAT_ROW(CHAT_TRIM, "trim", "whose messages lose white space at both ends"),
+    TEXT_ROW(default_prompt, .init = "", .absent = "",
         .help = "what run starts from where no prompt is given; empty: BOS"),
 };
 #undef ROW
+#undef TEXT_ROW
 #undef CHAT_ROW
 enum { CONFIG_KEYS = sizeof config_keys / sizeof *config_keys };
 
@@ -459,14 +461,6 @@ static void print_options(const Options *table) {
     }
 }
 
-// Whether generating stops at a token.
-static bool ends_text(const Config *config, int64_t id) {
-    bool ends = false;
-    for (int i = 0; i < MOST_ENDS; i++)
-        ends |= id == config->eos_token_id[i] || id == config->generation_eos[i];
-    return ends;
-}
-
 // ---- what keys must be together -----------------------------------------------------------------
 
 // Ends the program unless the config, whose keys are each in their range, describes a model that
@@ -475,11 +469,11 @@ static void config_check(const Config *c, const char *where, int code) {
 #define REQUIRE(condition, ...) if (!(condition)) fail(code, __VA_ARGS__)
     REQUIRE(c->qk_rope_head_dim % 2 == 0, "%s: qk_rope_head_dim is %zu, must be even",
             where, c->qk_rope_head_dim);
-    REQUIRE(c->bos_token_id < (int64_t)c->vocab_size,
+    REQUIRE(c->generation.bos_token_id < (int64_t)c->vocab_size,
             "%s: bos_token_id is %lld, must be below vocab_size %zu",
-            where, (long long)c->bos_token_id, c->vocab_size);
+            where, (long long)c->generation.bos_token_id, c->vocab_size);
     for (int i = 0; i < 2 * MOST_ENDS; i++) {
-        const int64_t id = i < MOST_ENDS ? c->eos_token_id[i] : c->generation_eos[i - MOST_ENDS];
+        const int64_t id = i < MOST_ENDS ? c->generation.eos_token_id[i] : c->generation.generation_eos[i - MOST_ENDS];
         REQUIRE(id < (int64_t)c->vocab_size, "%s: %seos_token_id is %lld, must be below vocab_size "
                 "%zu", where, i < MOST_ENDS ? "" : "generation_config.", (long long)id,
                 c->vocab_size);

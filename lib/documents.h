@@ -204,15 +204,15 @@ static Stream read_stream(const Model *m, const char *path, const char *marker, 
             fail(FAILED, "%s: is a token file, in which there is no marker to find: "
                  "--completion_only_loss is for text", path);
         read_token_file(&s, path, text, bytes, m->config.vocab_size);
-    } else if (!m->tokenizer || m->config.eos_token_id[0] < 0) {
+    } else if (!m->tokenizer || m->config.generation.eos_token_id[0] < 0) {
         fail(FAILED, "%s: is text, but the model has no tokenizer or no eos_token_id: "
              "give a token file or --tokenizer", path);
     } else {
-        const int eos = (int)m->config.eos_token_id[0];
+        const int eos = (int)m->config.generation.eos_token_id[0];
         check_text(path, &text, &bytes, allow_bytes);
         s = tokenize_documents(m->tokenizer, text, bytes, eos, marker, strict, path);
     }
-    for (size_t i = 0; i < s.n; i++) s.documents += s.tokens[i] == m->config.eos_token_id[0];
+    for (size_t i = 0; i < s.n; i++) s.documents += s.tokens[i] == m->config.generation.eos_token_id[0];
     free(file);
     return s;
 }

@@ -12,7 +12,7 @@ static void info(const Run *run) {
     const Model *m = &run->model;
     for (int i = 0; i < CONFIG_KEYS; i++) {
         const Key *k = &config_keys[i];
-        if (!strncmp(k->name, "chat.", 5) && m->config.chat_template != PIECES) continue;
+        if (!strncmp(k->name, "chat.", 5) && m->config.generation.chat_template != PIECES) continue;
         if (k->kind == NUM) print_value(k->name, key_number(k, &m->config));
         else if (k->kind == TEXT) print_text(k->name, key_text(k, &m->config));
         else printf("%s %s\n", k->name, key_text(k, &m->config));

@@ -492,7 +492,8 @@ static Model model_open(const char *path, enum Opening how, FILE **state, Header
     errno = 0;
     read_header(&m, &h, path, file, bytes);
     if (h.weight_type == NO_WEIGHTS && how != TOKENIZER)
-        fail(FAILED, "%s: is a tokenizer alone, must be a model: ./train --tokenizer takes it", path);
+        fail(FAILED, "%s: is a tokenizer alone, must be a model: ./train --tokenizer takes it",
+             path);
     m.files_bytes = (size_t)h.files_bytes;
     const uint64_t at = h.version == 1 ? VERSION_1_BYTES : HEADER_BYTES + h.config_bytes;
     const size_t before_weights = m.files_bytes + (size_t)h.tokenizer_bytes;

@@ -90,7 +90,7 @@ static char *complete(const Model *m, State *s, Sampler *sampler, const int *pro
     for (size_t i = 0; i < most; i++) {
         logits_forward(m, s, logits, 0, 1);
         int token = sample(sampler, logits, candidate, NULL, V);
-        if (ends_text(&m->config, token)) break;
+        if (ends_text(&m->config.generation, token)) break;
         const char *from = decode(m->tokenizer, token, &bytes);
         if (length + bytes >= room) {
             char *more = allocate(room = 2 * room + bytes, "an answer");
@@ -143,8 +143,8 @@ static double solve(const Run *run, size_t problems) {
 static void show_sample(const Run *run) {
     const Config *c = &run->model.config;
     const bool ask = run->data.built_in || run->recipe.completion_only_loss;
-    if (!run->model.tokenizer || c->eos_token_id[0] < 0 || (ask && !problem_count(run))) return;
-    int eos = (int)c->eos_token_id[0];
+    if (!run->model.tokenizer || c->generation.eos_token_id[0] < 0 || (ask && !problem_count(run))) return;
+    int eos = (int)c->generation.eos_token_id[0];
     Problem p = { .tokens = &eos, .n = 1 };
     const size_t problems = min_size(problem_count(run), TASK_VALIDATION);
     if (ask) p = problem_new(run, (size_t)run->step % problems);

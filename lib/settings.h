@@ -116,7 +116,7 @@ static const char NOTES[] =
     "in it become their ids. With --ids the end-of-text token that ends the output is printed as\n"
     "well, and so is the BOS that stands in for an empty prompt.\n"
     "chat answers the prompt, if there is one, and each line of stdin, with -n tokens at most, in\n"
-    "the form of the model's chat_template. Names of special tokens in a message are text. When the\n"
+    "the form of the model's chat_template. Names of special tokens in them are text. When the\n"
     "context is full (--ctx-size, else 4096 tokens at most), the oldest messages are forgotten.\n"
     "eval prints tokens (predicted ones), nll (their mean, nats), ppl and bits_per_byte; what is\n"
     "longer than the context is read in windows, half of each as context only. A row of --logits\n"

@@ -52,8 +52,8 @@ static void choose_tokenizer(Run *run, const Options *config_table) {
     if (c->vocab_size >= BYTE_TOKENS)
         run->model.tokenizer = tokenizer_new(BYTES, NULL, 0, "options", c->vocab_size);
     if (run->model.tokenizer) return;
-    if (!is_given(config_table, "bos_token_id")) c->bos_token_id = -1;
-    if (!is_given(config_table, "eos_token_id")) c->eos_token_id[0] = -1;
+    if (!is_given(config_table, "bos_token_id")) c->generation.bos_token_id = -1;
+    if (!is_given(config_table, "eos_token_id")) c->generation.eos_token_id[0] = -1;
 }
 
 // ---- resuming -----------------------------------------------------------------------------------
@@ -161,12 +161,12 @@ static void open_data(Run *run, bool strict) {
     const size_t n = run->recipe.max_length, B = run->recipe.batch_size;
     data->recipe = &run->recipe;
     data->tokenizer = m->tokenizer;
-    data->eos = (int)m->config.eos_token_id[0];
+    data->eos = (int)m->config.generation.eos_token_id[0];
     data->built_in = !*run->job.data;
     if (data->built_in && (!m->tokenizer || data->eos < 0))
         fail(FAILED, "the built-in task is text, but the model has no tokenizer or no "
              "eos_token_id: give token files with --data");
-    data->bos = m->config.add_bos_token ? (int)m->config.bos_token_id : -1;
+    data->bos = m->config.generation.add_bos_token ? (int)m->config.generation.bos_token_id : -1;
     if (data->built_in) data->val = task_validation(data);
     else data->train = read_stream(m, run->job.data, marker_of(&run->recipe), true,
                                    run->job.allow_bytes);
@@ -435,8 +435,8 @@ static void settle(Run *run, const Options tables[TABLES], Progress *resumed) {
              "needs", *job->val ? job->val : job->data);
     if (*job->resume) check_resumed_data(run, resumed);
     describe_data(run);
-    if (run->data.built_in && !*run->model.config.default_prompt)
-        run->model.config.default_prompt = first_question(run);
+    if (run->data.built_in && !*run->model.config.generation.default_prompt)
+        run->model.config.generation.default_prompt = first_question(run);
 }
 
 // Does what the command line says up to where training can begin. False where all is done already.

@@ -170,20 +170,24 @@ def check_house():
     for path, lines in text.items():
         long = [n for n, line in enumerate(lines.splitlines(), 1) if len(line) > 100]
         must(not long, f"{path}: lines {long} have more than 100 columns")
-    fields = re.search(r"typedef struct \{\n([^}]*)\} Config;", text["coe.c"])[1]
-    fields = [name for line in re.findall(r"^ +(?:const )?\w+ \*?([\w, ]+);", fields, re.M)
-              for name in line.split(", ")]
+    fields = []
+    for path, struct in (("coe.c", "Config"), ("lib/generation.h", "GenerationConfig")):
+        inside = re.search(r"typedef struct \{\n([^}]*)\} %s;" % struct, text[path])[1]
+        fields += [name for line in re.findall(r"^ +(?:const )?\w+ \*?([\w, ]+)(?:\[\w+\])?;",
+                                               inside, re.M) for name in line.split(", ")]
     table = text["lib/config.h"].split("config_keys[] = {")[1].split("};")[0]
-    rows = re.findall(r"ROW\((\w+),|KEY_AS\(Config, (\w+),", table)
-    must(fields == [a or b for a, b in rows],
-         f"Config and lib/config.h: only one has {set(fields) ^ {a or b for a, b in rows}}")
+    rows = [a or b or "chat" for a, b in re.findall(
+        r"ROW\((?:CHAT_)?(\w+),|KEY_AS\(Config, (?:generation\.)?(\w+),", table)]
+    rows = ["chat" if row.isupper() else row for row in rows]
+    must({*fields} - {"generation"} == {*rows},
+         f"Config and lib/config.h: only one has {{*fields} ^ {*rows}}")
     report("the house: sizes, places, columns", tests - len(wrong), len(wrong), text="\n".join(wrong))
 
 
 # ---- Python packages -----------------------------------------------------------------------------
 
 VENV = os.path.join("build", "venv", "bin", "python")
-EXPORT = "numpy", "safetensors", "ml_dtypes"            # what export.py needs
+EXPORT = "numpy", "safetensors", "ml_dtypes", "jinja2"  # what export.py needs
 
 
 def python_with(*modules):

@@ -38,12 +38,16 @@ CHANGED = [
     (r"-x 1[05]00\b", "-x 6 --eval_problems 4", "takes minutes"),
     (r"^python3 -m venv .*|^build/python/bin/pip .*", "", NETWORK),
     (r"^git clone .*|^cp reference/.*|^.*\bhf2\b.*", "", NETWORK),
+    (r"^uv run (--with jinja2 )?export.py ", "build/python/bin/python export.py ", NETWORK),
+    (r"^.*\bv2b\b.*", "", "tests/test_torchrun.py does it"),
     (r"^cc ", os.environ.get("CC", "cc") + " ", "the compiler that is tested"),
 ]
 # What is left out where a Python package is missing: (pattern, package).
 PACKAGES = [(r"^build/python/bin/python export.py ", "safetensors"),
             (r"\bexperiments/tokenizer.py\b|\btok\.bin\b|\bown\.bin\b", "tokenizers"),
-            (r"\bhf\b|\bup\.bin\b|\bon\.bin\b", "safetensors")]
+            (r"\bhf\b|\bup\.bin\b|\bon\.bin\b|\bbytes\.bin\b|^uv ", "safetensors"),
+            (r"\bshow\.py\b", "pandas"), (r"\bto_wandb\.py\b", "wandb"),
+            (r"\bto_tensorboard\.py\b", "tensorboard")]
 
 count = {"passed": 0, "failed": 0, "skipped": 0}
 

@@ -62,7 +62,7 @@ static Config random_config(int i) {
     c.rope_scaling_factor = i % 3 ? 3 : 1;
     c.rope_scaling_original = 8;
     c.rope_scaling_mscale_all = i % 3 == 2 ? 0.7 : 0;
-    c.bos_token_id = c.eos_token_id = 0;
+    c.generation.bos_token_id = c.generation.eos_token_id = 0;
     config_check(&c, "test", FAILED);
     return c;
 }

@@ -725,7 +725,7 @@ static Config small_config(void) {
     Config c;
     keys_init(config_keys, CONFIG_KEYS, &c);
     c.vocab_size = c.hidden_size = 16;
-    c.bos_token_id = c.eos_token_id = -1;
+    c.generation.bos_token_id = c.generation.eos_token_id = -1;
     c.num_hidden_layers = c.num_attention_heads = 1;
     return c;
 }
