@@ -180,7 +180,7 @@ def check_house():
         r"ROW\((?:CHAT_)?(\w+),|KEY_AS\(Config, (?:generation\.)?(\w+),", table)]
     rows = ["chat" if row.isupper() else row for row in rows]
     must({*fields} - {"generation"} == {*rows},
-         f"Config and lib/config.h: only one has {{*fields} ^ {*rows}}")
+         f"Config and lib/config.h: only one has {set(fields) ^ set(rows)}")
     report("the house: sizes, places, columns", tests - len(wrong), len(wrong), text="\n".join(wrong))
 
 

@@ -628,6 +628,18 @@ def test_newer_names(tmp):
     warning = good(f"{tmp}/default", f"{tmp}/default.bin")
     check(warning.count("foo_bar") == 1 and warning.count("warning") == 1, warning)
     check(read_model_bin(f"{tmp}/default.bin")[0]["rope_theta"] == 7, "rope_theta")
+    linear = {"rope_type": "linear", "factor": 2}
+    for ropes, kind in (({"rope_scaling": linear | {"type": "yarn"}}, "linear"),
+                        ({"rope_scaling": {"type": "yarn"} | linear}, "linear"),
+                        ({"rope_scaling": linear, "rope_parameters": {"rope_type": "default"}},
+                         "linear"),
+                        ({"rope_scaling": {}, "rope_parameters": linear}, "linear"),
+                        ({"rope_scaling": {"type": "linear", "rope_type": "default", "factor": 2}},
+                         None)):
+        config, weights = golden("coe")
+        warning = good(checkpoint(f"{tmp}/default", config | ropes, weights), f"{tmp}/default.bin")
+        check(read_model_bin(f"{tmp}/default.bin")[0]["rope_scaling.type"] == kind and
+              ("warning: rope_scaling" in warning) == (ropes["rope_scaling"] != {}), warning)
 
 
 def test_init(tmp):
@@ -1022,7 +1034,9 @@ def test_tensor_faults(tmp):
          "e_score_correction_bias", "sigmoid")
     case(lambda w: w.update({layer + "mlp.gate_proj.weight_scale_inv": ones}),
          "weight_scale_inv", "fp8")
-    case(lambda w: None, "lm_head.weight", "tie_word_embeddings", tie_word_embeddings=True)
+    case(lambda w: None, "lm_head.weight is not model.embed_tokens.weight", "tie_word_embeddings",
+         tie_word_embeddings=True)
+    case(lambda w: w.update({"lm_head.bias": ones[0]}), "lm_head.bias", "a bias of lm_head")
     case(lambda w: w.pop("lm_head.weight"), "lm_head.weight", "missing")
     case(lambda w: None, "mlp.gate.weight", "missing", use_igate=False)
     case(lambda w: None, "inner_iter", "coe_weights", inner_iter=1)
