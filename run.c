@@ -482,7 +482,7 @@ static size_t ask(Run *run, Chat *chat, size_t n_run) {
         const size_t most = run->context - min_size(answer + 1, run->context);
         ids = forget(run, chat, min_size(run->context / 2, most), &n);
     }
-    const bool fits = n + 2 <= run->context;          // with one token of an answer, and its end
+    const bool fits = n && n + 2 <= run->context;     // with one token of an answer, and its end
     if (!fits) {
         fprintf(stderr, "chat: the message makes %zu tokens, the context holds %zu (--ctx-size): "
                 "it is passed over\n", n, run->context);

@@ -42,7 +42,7 @@ static Chat chat_new(const Model *m, const char *system, const char *path) {
              path);
     if (c->generation.eos_token_id[0] < 0 && c->generation.generation_eos[0] < 0)
         fail(FAILED, "%s: has no eos_token_id, which --mode chat needs", path);
-    if (c->generation.chat_template == PIECES) {
+    if (c->generation.chat_template == CHAT_OF_PIECES) {
         memcpy(chat.piece, c->generation.chat, sizeof chat.piece);
     } else {
         const char *bos = token_name(m, c->generation.bos_token_id), *eos = token_name(m, c->generation.eos_token_id[0]);

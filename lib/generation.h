@@ -3,10 +3,10 @@
 #ifndef GENERATION_H
 #define GENERATION_H
 
-enum { NO_TEMPLATE, DEEPSEEK_V2, PIECES };          // chat_template
+enum { NO_TEMPLATE, DEEPSEEK_V2, CHAT_OF_PIECES };  // chat_template
 enum { MOST_ENDS = 8 };                             // ids that end a text, at most
 enum { CHAT_BEGIN, CHAT_SYSTEM, CHAT_SYSTEM_USER, CHAT_USER_ASSISTANT, CHAT_ASSISTANT_USER,
-       CHAT_ANSWER, CHAT_TRIM, CHAT_KEYS };         // the keys of PIECES, see lib/chat.h
+       CHAT_ANSWER, CHAT_TRIM, CHAT_KEYS };         // the keys of CHAT_OF_PIECES, see lib/chat.h
 
 typedef struct {
     int64_t bos_token_id;           // token that starts a text; -1: none
@@ -17,7 +17,7 @@ typedef struct {
     double top_p, min_p, repetition_penalty;
     bool add_bos_token;             // a text gets BOS in front
     int chat_template;              // form of a conversation
-    const char *chat[CHAT_KEYS];    // with PIECES: what stands around messages
+    const char *chat[CHAT_KEYS];    // with CHAT_OF_PIECES: what stands around messages
     const char *default_prompt;     // what generating starts from where no prompt is given
 } GenerationConfig;
 

@@ -12,7 +12,8 @@ static void info(const Run *run) {
     const Model *m = &run->model;
     for (int i = 0; i < CONFIG_KEYS; i++) {
         const Key *k = &config_keys[i];
-        if (!strncmp(k->name, "chat.", 5) && m->config.generation.chat_template != PIECES) continue;
+        const bool pieces = m->config.generation.chat_template == CHAT_OF_PIECES;
+        if (!strncmp(k->name, "chat.", 5) && !pieces) continue;
         if (k->kind == NUM) print_value(k->name, key_number(k, &m->config));
         else if (k->kind == TEXT) print_text(k->name, key_text(k, &m->config));
         else printf("%s %s\n", k->name, key_text(k, &m->config));

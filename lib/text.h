@@ -57,6 +57,7 @@ typedef struct { char *bytes; size_t n, room; } Text;
 
 // Adds n bytes to a text.
 static void add_text(Text *t, const char *bytes, size_t n) {
+    if (n == 0) return;
     if (n > t->room - t->n) {
         t->room = checked_mul(2, checked_add(t->n, n));
         t->bytes = realloc(t->bytes, t->room);

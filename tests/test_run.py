@@ -899,6 +899,11 @@ def test_chat(folder):
     r = run(bare, "-m", "chat", "--system", "x", input=b"x\n")
     check("chat: no place for a system message", r.code == 2 and len(r.errors) == 1 and
           "--system" in r.err and "bare.bin" in r.err, r)
+    empty = change_lines(write_tiny(here("empty.bin")), {"chat_template": "pieces",
+                                                         "chat.trim": '"user"'})
+    r = run(empty, "-m", "chat", "-n", 2, input=b" \t\nx\n")
+    check("chat: a message that makes no tokens", r.code == 0 and "makes 0 tokens" in r.err and
+          r.out.count("\n") == 1, r)
     r = run(model, "-t", 0, "-n", 2, "-i", "ab", "--verbose-prompt")
     check("generate: --verbose-prompt", "prompt: 256 97 98\n" in r.err, r)
     for args in (("--system", "x"), ("-m", "info", "--verbose-prompt")):
