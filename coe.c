@@ -9,6 +9,7 @@
 //     y_0     = rmsnorm(mid)
 //     y_(c+1) = [y_c +] shared(y_c) + sum over the K chosen experts of weight_k expert_k(y_c)   [5]
 //     x       = y_C [+ mid]                           [inner_residual] and [outer_residual]
+//            or mid + (y_C - y_0)                     with prenorm_chain
 //
 // The released models have the inner residual and not the outer one. So a layer puts out
 // rmsnorm(mid) plus what its experts added, and mid itself is not added back: it looks like a
@@ -50,7 +51,8 @@
 // so on. lib/config.h has the range and the default of each. A size that config.json calls null is
 // 0 here.
 
-enum { GREEDY, GROUP_LIMITED_GREEDY };              // topk_method
+enum { SOFTMAX, SIGMOID };                          // scoring_func
+enum { GREEDY, GROUP_LIMITED_GREEDY, NOAUX_TC };    // topk_method
 enum { NO_SCALING, LINEAR, YARN };                  // rope_scaling.type
 enum { FLOAT32, BFLOAT16 };                         // torch_dtype
 
@@ -72,12 +74,14 @@ typedef struct {
     size_t inner_iter;              // C  iterations of the chain
     bool inner_residual;            // y is added to what the experts make of it, in every iteration
     bool outer_residual;            // the stream after attention is added to the chain's end
+    bool prenorm_chain;             // what the chain adds to its y goes to the stream
     bool use_igate;                 // a router for each iteration, instead of one for all
-    int topk_method;                // GREEDY: the K best; GROUP_LIMITED_GREEDY: of the best groups
+    int scoring_func;               // what makes scores of a router's outputs
+    int topk_method;                // GREEDY: the K best; the others: of the best groups
     size_t n_group;                 // into how many groups of neighbours the experts are divided
     size_t topk_group;              // how many of them a token may choose from
     bool norm_topk_prob;            // the weights of the K chosen sum to 1
-    double routed_scaling_factor;   // unless they are normalised, weights are scores times this
+    double routed_scaling_factor;   // times this, where they are not normalised; SIGMOID: always
     size_t first_k_dense_replace;   // layers before this one are dense
     size_t moe_layer_freq;          // from there on, layers l with l % this = 0 have experts
     double aux_loss_alpha;          // weight of the load-balancing loss, in training
@@ -132,8 +136,8 @@ static size_t gate_of(const Config *config, size_t c) { return config->use_igate
 // gradients, AdamW and `run -m info` all walk it. A row reads: field, name in a checkpoint, copies,
 // rows, columns, initial values. Copies are matrices of one shape, stored one behind the other: the
 // experts of a layer, or its routers; a %d in the name counts them. A tensor that a model does not
-// have has 0 copies, so that optional parts need no second list. (gate_name, gates, biased, moe and
-// upcycled are locals of weights_layout() in lib/memory.h.) "gate" is a router, as in DeepSeek's
+// have has 0 copies, so that optional parts need no second list. (gate_name, bias_name, gates,
+// biased, moe, corrected and upcycled are locals of weights_layout() in lib/memory.h.) "gate" is a router, as in DeepSeek's
 // names; gate_proj is a part of a feed-forward.
 //
 // Norms, routers, biases and chain weights (GATE, ONES, ZEROS) are float32 in every file; NORMAL
@@ -169,7 +173,8 @@ enum Init { NORMAL, GATE, ONES, ZEROS };
     X(coe_weights,       "mlp.coe_weights.%d",  moe && upcycled ? C - 1 : 0,    1,      d, ZEROS)  \
     X(dense_gate_proj,   "mlp.gate_proj.weight",                    !moe,       I,      d, NORMAL) \
     X(dense_up_proj,     "mlp.up_proj.weight",                      !moe,       I,      d, NORMAL) \
-    X(dense_down_proj,   "mlp.down_proj.weight",                    !moe,       d,      I, NORMAL)
+    X(dense_down_proj,   "mlp.down_proj.weight",                    !moe,       d,      I, NORMAL) \
+    X(correction_bias,   bias_name,    moe && corrected ? gates : 0,    1,      E, ZEROS)
 
 // The types of the matrices in a file; lib/matrix.h says what they are.
 enum Type { F32, BF16, Q8 };
@@ -326,8 +331,6 @@ typedef struct {
 // of one; row_of(m, row) is a row as numbers, whatever their type in the file. The letters behind
 // matmul_ say of each factor whether it is taken as it is (n) or transposed (t).
 
-typedef struct { real *y; const real *x; Matrix w; } Matvec;    // y (w.rows) = w x, x (w.cols)
-
 #ifdef PLAIN
 
 // e^x
@@ -389,15 +392,6 @@ static void matmul_tn(real *w, size_t ldw, Matrix y, Matrix x, int add) {
                 w[o * ldw + i] = (add || t ? w[o * ldw + i] : 0) + yt[o] * xt[i];
     }
 }
-
-// y = w x for each of a list. The fast form has the threads meet once for all of them, and needs
-// scratch, with room for every x.
-static void matvecs(const Matvec *list, size_t n, real *scratch) {
-    (void)scratch;
-    for (size_t j = 0; j < n; j++)
-        matmul_nt(list[j].y, list[j].w.rows, view(list[j].x, 1, list[j].w.cols, list[j].w.cols),
-                  list[j].w, 0);
-}
 #else
 #include "lib/kernels.h"
 #endif
@@ -435,6 +429,13 @@ static void linear(real *y, const real *x, const Tensor *w, size_t e, const Tens
 //     chosen   = the K largest scores
 //     weight_k = score_k / sum of the chosen scores       with norm_topk_prob and K > 1, else
 //              = score_k * routed_scaling_factor
+//
+// or as in DeepSeek-V3 (arXiv 2412.19437, equations 12 to 16), where training raises the bias of
+// experts that get too few tokens,
+//
+//     score    = sigmoid(gate_c y)                        the K largest score + correction_bias
+//     weight_k = score_k [/ sum of the chosen scores] * routed_scaling_factor
+//
 //     ffn(y)   = shared(y) + sum over k of weight_k expert_k(y)
 //     expert(y) = down_proj (silu(gate_proj y) * up_proj y),     silu(z) = z / (1 + e^-z)
 //
@@ -487,40 +488,70 @@ static void feed_forward(Mlp w, MlpRows p) {
     linear(p.out, p.act, w.down_proj, w.e, NULL, p.n);
 }
 
-// The index of the largest of n numbers, the lowest among equals.
-static size_t argmax(const real *x, size_t n) {
-    size_t best = 0;
-    for (size_t i = 1; i < n; i++) if (x[i] > x[best]) best = i;
-    return best;
+// What a group of n experts is worth, of which x (n) is left to choose from: its best one, or `two`.
+static real group_worth(const real *x, size_t n, bool two) {
+    const size_t best = argmax(x, n);
+    real second = two ? -INFINITY : 0;
+    for (size_t i = 0; two && i < n; i++) if (i != best && x[i] > second) second = x[i];
+    return x[best] + second;
 }
 
-// The K experts of one token and their weights (K), given its scores s (E). Group-limited: only
-// experts in the topk_group groups with the largest best score count, the others' scores are taken
-// as 0. left (E) is scratch: what is left to choose from, -infinity where it was taken.
+// Whether the weights of the chosen are their shares of a sum; by what they are multiplied too.
+static bool normalises(const Config *c) {
+    return c->norm_topk_prob && (c->num_experts_per_tok > 1 || c->scoring_func == SIGMOID);
+}
+static real weight_factor(const Config *c) {
+    return c->scoring_func == SOFTMAX && normalises(c) ? 1 : (real)c->routed_scaling_factor;
+}
+
+// The K experts of one token and their weights (K), in the order of these, given its scores s (E).
+// bias (E), or NULL: the choice goes by s + bias, the weight by s. Group-limited: only experts in
+// the topk_group groups that are worth most count; the others' scores are taken as 0 or, with
+// NOAUX_TC, as -infinity. left (E) is scratch: what is left, -infinity where it was taken.
 // PyTorch: weight, expert = s.topk(K);   weight = weight / (weight.sum(-1, keepdim=True) + 1e-20)
-static void choose(int *expert, real *weight, real *left, const real *s, const Config *config) {
+static void choose(int *expert, real *weight, real *left, const real *s, const real *bias,
+                   const Config *config) {
     const size_t E = config->n_routed_experts, K = config->num_experts_per_tok;
-    memcpy(left, s, E * sizeof(real));
-    if (config->topk_method == GROUP_LIMITED_GREEDY) {
+    const bool v3 = config->topk_method == NOAUX_TC;
+    for (size_t e = 0; e < E; e++) left[e] = s[e] + (bias ? bias[e] : 0);
+    if (config->topk_method != GREEDY) {
         const size_t size = E / config->n_group;
         for (size_t j = 0; j < config->topk_group; j++) {           // mark the best group left
-            const size_t first = argmax(left, E) / size * size;
-            for (size_t e = first; e < first + size; e++) left[e] = -INFINITY;
+            size_t best = 0;
+            for (size_t e = size; e < E; e += size)
+                if (group_worth(left + e, size, v3) > group_worth(left + best, size, v3)) best = e;
+            for (size_t e = best; e < best + size; e++) left[e] = -INFINITY;
         }
-        // Those that are marked are allowed, and get their scores back; the others count as 0.
-        for (size_t e = 0; e < E; e++) left[e] = left[e] == -INFINITY ? s[e] : 0;
+        // Those that are marked are allowed, and get their scores back.
+        for (size_t e = 0; e < E; e++)
+            left[e] = left[e] == -INFINITY ? s[e] + (bias ? bias[e] : 0) : v3 ? -INFINITY : 0;
     }
     real total = (real)1e-20;
     for (size_t k = 0; k < K; k++) {
         const size_t best = argmax(left, E);
-        expert[k] = (int)best;
-        weight[k] = left[best];
-        total += weight[k];
+        const real w = bias ? s[best] : left[best];
+        size_t rank = k;        // a bias may have put an expert of smaller weight in front
+        for (; rank > 0 && weight[rank - 1] < w; rank--)
+            weight[rank] = weight[rank - 1], expert[rank] = expert[rank - 1];
+        expert[rank] = (int)best;
+        weight[rank] = w;
+        total += w;
         left[best] = -INFINITY;
     }
-    const bool normalise = config->norm_topk_prob && K > 1;
-    const real factor = normalise ? 1 / total : (real)config->routed_scaling_factor;
+    const real factor = weight_factor(config) / (normalises(config) ? total : 1);
     for (size_t k = 0; k < K; k++) weight[k] *= factor;
+}
+
+// Makes scores (E) of what a router's matrix makes of one token, in place.
+static void make_scores(real *s, const Config *config) {
+    const size_t E = config->n_routed_experts;
+    if (config->scoring_func == SOFTMAX) softmax(s, E, 1, NULL);
+    else for (size_t e = 0; e < E; e++) s[e] = sigmoid(s[e]);
+}
+
+// The correction bias (E) of a router; NULL where the model has none.
+static const real *bias_of(const Layer *w, size_t gate) {
+    return w->correction_bias.copies ? data_of(&w->correction_bias, gate) : NULL;
 }
 
 // Groups the choices of T tokens by expert, with a counting sort: fills it->start, it->slot and
@@ -547,8 +578,9 @@ static void route(const Config *config, State *s, Iteration *it, Layer *w, size_
     const size_t gate = gate_of(config, router_of(s, l, c, config->inner_iter));
     linear(it->score, router_input(s, it, l, c), &w->gate, gate, NULL, T);
     SHARED(T * E * K, for (size_t t = 0; t < T; t++) {
-        softmax(it->score + t * E, E, 1, NULL);
-        choose(it->expert + t * K, it->weight + t * K, s->left + t * E, it->score + t * E, config);
+        make_scores(it->score + t * E, config);
+        choose(it->expert + t * K, it->weight + t * K, s->left + t * E, it->score + t * E,
+               bias_of(w, gate), config);
     })
     group_by_expert(it, T, E, K);
 }
@@ -572,30 +604,7 @@ static void expert_forward(const Config *config, State *s, Iteration *it, Layer 
     if (p.n) feed_forward(expert(w, e), p);
 }
 
-enum { MOST_AT_ONCE = 64 };     // feed-forwards that experts_of_one() can take
-
-// All experts that a single token chose, and it->ffn = its shared expert. With so little work it
-// matters how often the threads meet: here twice, for all gate and up projections and for all down
-// projections, where expert_forward() would have them meet three times an expert. Nothing is kept:
-// g and u lie by choice instead of by slot, and swiglu() puts act in the place of g.
-static void experts_of_one(const Config *config, State *s, Iteration *it, Layer *w) {
-    LETTERS(config);
-    Matvec in[2 * MOST_AT_ONCE], out[MOST_AT_ONCE];
-    const size_t mlps = K + (S > 0);                    // the last is the shared one
-    in[0] = (Matvec){ 0 };                              // no warning where K may be 0
-    for (size_t k = 0; k < mlps; k++) {
-        const Mlp mlp = k < K ? expert(w, (size_t)it->expert[k]) : shared_mlp(w, 1);
-        real *g = k < K ? it->g + k * f : it->shared_g, *u = k < K ? it->u + k * f : it->shared_u;
-        real *to = k < K ? s->returned + (size_t)it->slot[k] * d : it->ffn;
-        in[2 * k]     = (Matvec){ g, it->y, matrix(mlp.gate_proj, mlp.e) };
-        in[2 * k + 1] = (Matvec){ u, it->y, matrix(mlp.up_proj, mlp.e) };
-        out[k]        = (Matvec){ to, g, matrix(mlp.down_proj, mlp.e) };
-    }
-    matvecs(in, 2 * mlps, s->act);
-    for (size_t k = 0; k < mlps; k++)
-        swiglu(in[2 * k].y, in[2 * k].y, in[2 * k + 1].y, in[2 * k].w.rows);
-    matvecs(out, mlps, s->act);
-}
+#include "lib/one_token.h"
 
 // it->ffn (T, d) = the feed-forward of layer l in iteration c, of it->y (T, d).
 // kept: what route() and feed_forward() keep
@@ -630,6 +639,7 @@ static void ffn_forward(const Model *m, State *s, Iteration *it, size_t l, size_
 enum Residual {
     NOTHING,        // y_(c+1) = ffn(y_c)
     Y,              // y_(c+1) = y_c + ffn(y_c)          with inner_residual
+    PRENORM,        // the same, and out = mid + the sum of all ffn      with prenorm_chain
     WEIGHTED_Y      // y_(c+1) = y_c + v_c * ffn(y_c)    v_c (d): copy c - 1 of coe_weights
 };
 
@@ -638,11 +648,13 @@ enum Residual {
 // channel. These start as zeros, so that at first the chain computes what the layer did.
 static enum Residual residual_of(const Model *m, size_t c) {
     if (m->upcycled) return c ? WEIGHTED_Y : NOTHING;
+    if (m->config.prenorm_chain) return PRENORM;
     return m->config.inner_residual ? Y : NOTHING;
 }
 
 // out (T, d) = y_C, the end of the chain of layer l, which starts from y_0 = rmsnorm(mid); + mid
-// with outer_residual.
+// with outer_residual. With prenorm_chain it is mid + (y_C - y_0), which is mid and all that the
+// experts added: with C = 1 that is a DeepSeek-V2, to the last bit.
 // PyTorch: y = rmsnorm(mid);   for c in range(C): y = y + ffn(c, y)       (inner_residual)
 // kept: each y, 1 / rms of mid and, with KEEP_FFN, each ffn
 static void chain_forward(const Model *m, State *s, size_t l, real *out, size_t T) {
@@ -659,14 +671,20 @@ static void chain_forward(const Model *m, State *s, size_t l, real *out, size_t 
         edit_output(s, it, l, c, T, d);
         const enum Residual residual = residual_of(m, c);
         const real *v = residual == WEIGHTED_Y ? data_of(&w->coe_weights, c - 1) : NULL;
-        const real *mid = c + 1 == rounds && config->outer_residual ? a->mid : NULL;
-        real *next = c + 1 < rounds ? a->iteration[c + 1].y : out;
+        const bool last = c + 1 == rounds;
+        const real *mid = last && config->outer_residual ? a->mid : NULL;
+        const real *sum = c ? out : a->mid;     // of PRENORM, before this iteration
+        real *next = last ? out : a->iteration[c + 1].y;
         SHARED(T * d, for (size_t t = 0; t < T; t++) {
             const real *y = it->y + t * d, *ffn = it->ffn + t * d;
             real *to = next + t * d;
             switch (residual) {
             case NOTHING:    for (size_t i = 0; i < d; i++) to[i] = ffn[i]; break;
             case Y:          for (size_t i = 0; i < d; i++) to[i] = y[i] + ffn[i]; break;
+            case PRENORM:    for (size_t i = 0; !last && i < d; i++) to[i] = y[i] + ffn[i];
+                             for (size_t i = t * d; i < (t + 1) * d; i++)
+                                 out[i] = sum[i] + it->ffn[i];
+                             break;
             case WEIGHTED_Y: for (size_t i = 0; i < d; i++) to[i] = y[i] + v[i] * ffn[i]; break;
             }
             for (size_t i = 0; mid && i < d; i++) to[i] += mid[t * d + i];

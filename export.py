@@ -101,8 +101,10 @@ CONFIG = [Key(*row) for row in (
     ("inner_iter",              INT,  1,      2**10),                       # C
     ("inner_residual",          BOOL, 0,      1,     True),
     ("outer_residual",          BOOL, 0,      1,     False),
+    ("prenorm_chain",           BOOL, 0,      1,     False),
     ("use_igate",               BOOL, 0,      1),
-    ("topk_method",             ("greedy", "group_limited_greedy")),
+    ("scoring_func",            ("softmax", "sigmoid"), 0, 0, "softmax"),
+    ("topk_method",             ("greedy", "group_limited_greedy", "noaux_tc")),
     ("n_group",                 INT,  1,      2**14, 1,      NULL),
     ("topk_group",              INT,  1,      2**14, 1,      NULL),
     ("norm_topk_prob",          BOOL, 0,      1,     False),
@@ -145,6 +147,11 @@ STORED = [Key(*row) for row in (        # what only a model.bin says
     ("coe_weights",             BOOL),                          # whether it is an upcycled model
 )]
 KEYS = {key.name: key for key in STORED + CONFIG}   # in the order of model.bin
+COE_TYPE = "coe_deepseekv2"
+MODEL_TYPES = COE_TYPE, "deepseek_v2", "deepseek_v3"
+ROUTERS = {COE_TYPE: {"topk_method": "greedy"}, "deepseek_v2": {"topk_method": "greedy"},
+           "deepseek_v3": {"topk_method": "noaux_tc", "scoring_func": "sigmoid",
+                           "aux_loss_alpha": 0.0}}              # what is not in config.json
 DEEPSEEK = {"inner_iter": 1, "inner_residual": False, "outer_residual": True, "use_igate": False}
 
 
@@ -177,6 +184,7 @@ def tensors(c):
     r, R, f = c.q_lora_rank, c.kv_lora_rank, c.moe_intermediate_size
     E, S, C = c.n_routed_experts, c.n_shared_experts, c.inner_iter
     bias, own_gates, coe = c.attention_bias, c.use_igate, c.coe_weights
+    v3, corrected = c.topk_method == "noaux_tc", "mlp.{}.e_score_correction_bias"
 
     yield Tensor(EMBEDDING, 1, (V, d), MATRIX)
     for l in range(c.num_hidden_layers):
@@ -207,6 +215,8 @@ def tensors(c):
             ("mlp.gate_proj.weight",                not moe,        (I, d),         MATRIX),
             ("mlp.up_proj.weight",                  not moe,        (I, d),         MATRIX),
             ("mlp.down_proj.weight",                not moe,        (d, I),         MATRIX),
+            (corrected.format("gate.{}"),           moe*v3*own_gates*C, (E,),       BIAS),
+            (corrected.format("gate"),              moe*v3 > own_gates, (E,),       BIAS),
         ):
             if copies:
                 yield Tensor(f"model.layers.{l}." + name, int(copies), shape, kind)
@@ -238,12 +248,23 @@ class Checkpoint:
         for path, names in shards(folder):
             self.places |= places_in(path, names)
         self.places = with_plain_names(self.places, folder)
+        self.leave_out_predictions()
         c["coe_weights"] = any(".mlp.coe_weights." in name for name in self.places)
         check_together(c, folder)
         check_tensors(self)
         self.files = embedded_files(folder)
         c |= defaults_in(self.files, folder)
         check_together(c, folder)
+
+    def leave_out_predictions(self):
+        """A DeepSeek-V3's layers behind the last one predict further tokens, and are not used."""
+        ours = self.config.num_hidden_layers
+        layer = lambda name: int((re.match(r"model\.layers\.(\d{1,9})\.", name) or [0, -1])[1])
+        more = {name for name in self.places if layer(name) >= ours}
+        if more and self.config.scoring_func == "sigmoid":
+            note(f"{self.path}: leaves out layer {', '.join(map(str, sorted({*map(layer, more)})))}, "
+                 "of multi-token prediction")
+            self.places = {name: self.places[name] for name in self.places.keys() - more}
 
     def read(self, t, copy, rows):
         name, _, first = self.locate(t, copy)
@@ -301,8 +322,10 @@ def config_from_json(config, where):
     keys that are not known."""
     config = with_old_names(config, where)
     check_computed(config, where)
-    if config["model_type"] == "deepseek_v2":
+    if config["model_type"] != COE_TYPE:
         config |= DEEPSEEK
+    if config.get("prenorm_chain"):     # where it is, the others are not there
+        config = {"inner_residual": False} | config
     c = Config(weight_type="f32", tokenizer="none", coe_weights=False)
     for key in CONFIG:
         value = config.get(key.name, ...) if key.file == CONFIG_JSON else ...
@@ -612,9 +635,12 @@ def write_checkpoint(source, folder, model_type):
     places = {t.name.format(i): (t, i) for t in tensors(c) for i in range(t.copies)}
     if c.tie_word_embeddings:           # not all readers tie them, so it is there twice
         places[LM_HEAD] = places[EMBEDDING]
-    if model_type == "deepseek_v2":
-        must_be_deepseek(source, "a deepseek_v2 has")
-        warn_of_transformers(c, folder)
+    if model_type != COE_TYPE:
+        must_be_deepseek(source, f"a {model_type} has")
+        for name, value in ROUTERS[model_type].items():
+            if c[name] != value and name == "scoring_func":
+                die(source.path, f"{name} is {c[name]}, a {model_type} has {value}")
+        warn_of_transformers(c, folder, model_type)
         places = {name.replace(".gate.0.", ".gate."): place for name, place in places.items()}
     places = dict(sorted(places.items()))
     header, size = {"__metadata__": {"format": "pt"}}, 0
@@ -660,10 +686,13 @@ def remove_others(folder, names):
 
 def config_to_json(c, model_type):
     """The config.json that the reference reads."""
-    coe = model_type == "coe_deepseekv2"
-    out = {"model_type": model_type,
-           "architectures": ["CoeForCausalLM" if coe else "DeepseekV2ForCausalLM"]}
-    if coe:
+    coe = model_type == COE_TYPE
+    out = {"model_type": model_type, "architectures": [
+        "CoeForCausalLM" if coe else model_type.title().replace("_", "") + "ForCausalLM"]}
+    if coe and unknown_to_reference(c):
+        note(f"warning: {unknown_to_reference(c)} is not part of the reference, whose code would "
+             "compute something else: the checkpoint names none (no auto_map)")
+    elif coe:
         out["auto_map"] = {"AutoConfig": "configuration_coe.CoeConfig",
                            "AutoModelForCausalLM": "modeling_coe.CoeForCausalLM"}
     rope = {}
@@ -671,14 +700,16 @@ def config_to_json(c, model_type):
         value = to_value(key, c[key.name])
         if key.name.startswith(ROPE):
             rope[key.name.removeprefix(ROPE)] = value
-        elif key.kind == TEXT and not value:
+        elif key.kind == TEXT and not value or key.name == "prenorm_chain" and not value:
             pass                        # the reference has no such key
         elif key.file == CONFIG_JSON and (coe or key.name not in DEEPSEEK):
             out[key.name] = value
     if rope["type"] == "linear":        # all that is looked at then
         rope = {key: rope[key] for key in ("type", "factor", "mscale_all_dim") if rope[key] != 0}
     out["rope_scaling"] = rope if rope["type"] else None
-    out |= {key: FIXED[key] for key in ("hidden_act", "scoring_func")}
+    out["hidden_act"] = FIXED["hidden_act"]
+    if model_type == "deepseek_v3":
+        out["rope_interleave"] = True
     return out | {"attention_dropout": 0.0, "ep_size": 1, "num_key_value_heads": c.num_attention_heads}
 
 
@@ -740,18 +771,27 @@ def defaults_in(files, folder):
 
 def must_be_deepseek(source, who):
     """A DeepSeek-V2 is a chain of one iteration that is added to the residual stream."""
+    if source.config.prenorm_chain and source.config.inner_iter == 1:
+        return                          # is the same
     for name, value in DEEPSEEK.items():
         if name != "use_igate" and source.config[name] != value:
             die(source.path,
                 f"{name} is {json.dumps(source.config[name])}, {who} {json.dumps(value)}")
 
 
-def warn_of_transformers(c, path):
-    """Names what is part of DeepSeek-V2, but not of transformers' class of that name."""
+def unknown_to_reference(c):
+    """What of a model the reference's code does not compute."""
+    return "prenorm_chain" if c.prenorm_chain else "scoring_func sigmoid" * (
+        c.scoring_func == "sigmoid")
+
+
+def warn_of_transformers(c, path, model_type):
+    """Names what is part of DeepSeek-V2 or V3, but not of transformers' class of that name."""
+    v2 = model_type == "deepseek_v2"
     n, all_n = c[ROPE + "mscale"], c[ROPE + "mscale_all_dim"]
     yarn = c[ROPE + "type"] == "yarn" and c[ROPE + "factor"] > 1
     for differs, what in (
-            (c.norm_topk_prob and c.num_experts_per_tok > 1, "norm_topk_prob true"),
+            (v2 and c.norm_topk_prob and c.num_experts_per_tok > 1, "norm_topk_prob true"),
             (c.moe_layer_freq > 1, f"moe_layer_freq {c.moe_layer_freq}"),
             (not c.n_shared_experts, "n_shared_experts null"),
             (not c.n_routed_experts, "n_routed_experts null"),
@@ -759,7 +799,8 @@ def warn_of_transformers(c, path):
             (yarn and not (n and all_n) and (n, all_n) != (1, 0),
              f"rope_scaling.mscale {n} with mscale_all_dim {all_n}")):
         if differs:
-            note(f"{path}: warning: transformers' DeepseekV2ForCausalLM does not know {what}")
+            note(f"{path}: warning: transformers' Deepseek{model_type[-2:].upper()}ForCausalLM does "
+                 f"not know {what}")
 
 
 # Version 1 had 128 slots of 8 bytes: "COE1" and the version, the four sizes but config_bytes, then
@@ -836,12 +877,12 @@ class Upcycled:
         self.source, self.path, self.files = source, source.path, source.files
         self.tokenizer_section = source.tokenizer_section
         self.config = Config(source.config, inner_iter=C, use_igate=True, inner_residual=True,
-                             coe_weights=True)
+                             outer_residual=True, prenorm_chain=False, coe_weights=True)
 
     def read(self, t, copy, rows):
         if t.kind == COE:
             return np.zeros(rows.stop - rows.start, np.float32)
-        if t.kind == GATE:
+        if t.kind == GATE or "correction_bias" in t.name:
             copy = 0
             if not self.source.config.use_igate:
                 t = t._replace(name=t.name.replace("gate.{}.", "gate."))
@@ -888,8 +929,8 @@ def arguments():
     """The arguments, and in to_folder whether TARGET is to be a checkpoint."""
     p = Parser(
         prog="export.py", allow_abbrev=False,
-        description="Converts Hugging Face checkpoints (coe_deepseekv2, deepseek_v2) to model.bin "
-        "and back, some rows of a tensor in memory at a time.",
+        description="Converts Hugging Face checkpoints (coe_deepseekv2, deepseek_v2, deepseek_v3) "
+        "to model.bin and back, some rows of a tensor in memory at a time.",
         epilog="SOURCE is a folder, a model.bin or, with --init, a config.json. From a model.bin, "
         "TARGET is a folder if there is one of that name, or if it does not end in .bin and is no "
         "file; else a model.bin. Exit codes: 0 done, 1 failed, 2 wrong usage, 130 interrupted.")
@@ -902,8 +943,8 @@ def arguments():
                    help="fresh weights, 0..2^64-1 (default: SOURCE has the weights)")
     p.add_argument("--upcycle", metavar="C", type=number(2, 1024), help="make a DeepSeek-V2 model "
                    "a CoE of C iterations, 2..1024, that starts out the same (default: no)")
-    p.add_argument("--model_type", choices=("coe_deepseekv2", "deepseek_v2"),
-                   help="of the checkpoint to write (default: coe_deepseekv2)")
+    p.add_argument("--model_type", choices=MODEL_TYPES, help="of the checkpoint to write (default: "
+                   "coe_deepseekv2; deepseek_v3 if that is what it is)")
     p.add_argument("--version", action="version", version="export.py 1, writes model.bin "
                    "version 2, reads versions 1 and 2")
     a = p.parse_args()
@@ -941,7 +982,10 @@ def convert(a):
     if source.config.weight_type == "q8" and (a.to_folder or a.dtype not in (None, "q8")):
         note(f"{a.source}: warning: its matrices are q8, they stay rounded to that")
     if a.to_folder:
-        write_checkpoint(source, a.target, a.model_type or "coe_deepseekv2")
+        c = source.config
+        v3 = c.scoring_func == "sigmoid" and c.inner_iter == 1 and (
+            c.prenorm_chain or c.outer_residual and not c.inner_residual)
+        write_checkpoint(source, a.target, a.model_type or ("deepseek_v3" if v3 else COE_TYPE))
     else:
         write_model_bin(source, a.target, a.dtype or source.config.weight_type)
 
@@ -1043,7 +1087,14 @@ def check_together(c, where):
                 die(where, f"{name} is {i}, must be below vocab_size, {c.vocab_size}")
     if E:
         need(K <= E, "num_experts_per_tok", f"1..{E} (n_routed_experts)")
-    if E and c.topk_method == "group_limited_greedy":
+    need(not (c.prenorm_chain and (c.inner_residual or c.outer_residual)), "prenorm_chain",
+         "false where there is another residual")
+    need((c.scoring_func == "sigmoid") == (c.topk_method == "noaux_tc"), "scoring_func",
+         f"{'sigmoid' if c.topk_method == 'noaux_tc' else 'softmax'} with topk_method "
+         f"{c.topk_method}")
+    if E and c.topk_method == "noaux_tc":
+        need(E // groups >= 2, "n_group", f"at most half of n_routed_experts, {E}")
+    if E and c.topk_method != "greedy":
         need(E % groups == 0, "n_group", f"a divisor of n_routed_experts, {E}")
         need(most <= groups, "topk_group", f"at most n_group, {groups}")
         need(most * E // groups >= K, "topk_group",
@@ -1056,6 +1107,7 @@ def check_together(c, where):
         need(c.vocab_size >= 258, "vocab_size", "258 or more, as the byte tokenizer has 258 tokens")
     if c.coe_weights:
         need(c.inner_iter > 1, "inner_iter", "2 or more where there are coe_weights")
+        need(not c.prenorm_chain, "prenorm_chain", "false where there are coe_weights")
 
 
 def with_old_names(config, where):
@@ -1079,8 +1131,9 @@ def with_old_names(config, where):
     dtype = str(config.get("torch_dtype") or "float32").removeprefix("torch.")
     config["torch_dtype"] = "float32" if dtype in ("float16", "auto") else dtype
     config["n_shared_experts"] = config.get("n_shared_experts") or None
-    if config.get("topk_method") is None:
-        config["topk_method"] = "greedy"
+    for name, value in ROUTERS.get(config.get("model_type"), ROUTERS[COE_TYPE]).items():
+        if config.get(name) is None:
+            config[name] = value
     layers, dense = config.get("num_hidden_layers"), config.get("first_k_dense_replace")
     if type(layers) is type(dense) is int and dense > layers:  # all of them are dense
         config["first_k_dense_replace"] = layers
@@ -1088,7 +1141,7 @@ def with_old_names(config, where):
                         ("topk_method", ("n_group", "topk_group"))):
         for other in needs:
             if config.get(other) is None:
-                if config.get(name) not in (None, "greedy"):
+                if config.get(name) not in (None, "greedy", "noaux_tc"):
                     die(where, f"{other} is missing, "
                         f"{name} {json.dumps(config[name])[:80]} needs it")
                 config.pop(other, None)
@@ -1121,25 +1174,25 @@ def one_rope(config, where):
     return ropes[0] if ropes else {}
 
 
-FIXED = {"hidden_act": "silu", "scoring_func": "softmax",
-         "mlp_bias": False, "quantization_config": None, ROPE + "truncate": True,
+FIXED = {"hidden_act": "silu", "rope_interleave": True, "mlp_bias": False, "quantization_config": None, ROPE + "truncate": True,
          ROPE + "attention_factor": None}                      # the only values that are computed
 IGNORED = set("""model_type architectures auto_map transformers_version _name_or_path use_cache
     pad_token_id ep_size pretraining_tp num_key_value_heads head_dim qk_head_dim
-    output_router_logits attention_dropout""".split())         # make no difference to the model
+    output_router_logits attention_dropout num_nextn_predict_layers
+    """.split())                                               # make no difference to the model
 
 
 def check_computed(config, where):
     """Refuses a config.json of another model, and warns of keys that are not known."""
     model_type = config.get("model_type")
-    if model_type not in ("coe_deepseekv2", "deepseek_v2"):
-        die(where, f"model_type is {json.dumps(model_type)}, must be coe_deepseekv2 or deepseek_v2")
+    if model_type not in MODEL_TYPES:
+        die(where, f"model_type is {json.dumps(model_type)[:80]}, must be {' or '.join(MODEL_TYPES)}")
     for name, must in FIXED.items():
         if config.get(name) not in (None, must):
             die(where, f"{name} is {json.dumps(config[name])[:80]}, must be {json.dumps(must)}")
     known = {key.name for key in CONFIG if key.file == CONFIG_JSON} | FIXED.keys() | IGNORED
-    if model_type == "deepseek_v2":
-        known -= DEEPSEEK.keys()
+    if model_type != COE_TYPE:
+        known -= DEEPSEEK.keys() | {"prenorm_chain"}
     for name in sorted(config.keys() - known):
         note(f"{where}: warning: unknown key {name} is ignored")
 
@@ -1199,7 +1252,7 @@ def must_be_whole(f, path):
 
 
 MOST_HEADER = 10**8     # bytes of a safetensors header, at most
-HINTS = {"e_score_correction_bias": "sigmoid scoring is not computed",
+HINTS = {"e_score_correction_bias": "the config has no topk_method noaux_tc",
          "weight_scale_inv": "fp8 weights are not read, convert them to bfloat16",
          "lm_head.bias": "a bias of lm_head is not computed"}  # why a tensor may be unknown
 
@@ -1261,7 +1314,8 @@ def describe(c):
         elif "embed_tokens" in t.name:
             times = c.tie_word_embeddings                      # else its rows are only looked up
         active += size * times
-    residual = ["coe_weights"] * c.coe_weights or ["inner"] * c.inner_residual
+    residual = (["coe_weights"] * c.coe_weights or ["prenorm"] * c.prenorm_chain
+                or ["inner"] * c.inner_residual)
     residual = "+".join(residual + ["outer"] * c.outer_residual) or "none"
     return (f"d {c.hidden_size}, L {c.num_hidden_layers}, E {c.n_routed_experts}, "
             f"K {c.num_experts_per_tok}, C {c.inner_iter}, S {c.n_shared_experts}, "

@@ -84,8 +84,9 @@ static void read_tokens(Run *run) {
         const int code = set->file ? FAILED : WRONG_USAGE;
         run->n_tokens = parse_ids(run->tokens, text, n, (int64_t)c->vocab_size, where, code);
     } else {
-        const int bos = set->mode != TOKENIZE && c->generation.add_bos_token && c->generation.bos_token_id >= 0;
-        if (bos) run->tokens[0] = (int)c->generation.bos_token_id;
+        const GenerationConfig *g = &c->generation;
+        const int bos = set->mode != TOKENIZE && g->add_bos_token && g->bos_token_id >= 0;
+        if (bos) run->tokens[0] = (int)g->bos_token_id;
         run->n_tokens = (size_t)bos;
         run->n_tokens += encode(run->model.tokenizer, run->tokens + bos, NULL, text, n, 1);
         run->text_bytes = n;
@@ -538,7 +539,8 @@ static void chat(Run *run) {
                     run->context);
         for (size_t i = n, bytes; i < end; i++) {
             const char *text = decode(run->model.tokenizer, run->tokens[i], &bytes);
-            if (i + 1 < end || !ends_text(&c->generation, run->tokens[i])) add_text(&answer, text, bytes);
+            if (i + 1 < end || !ends_text(&c->generation, run->tokens[i]))
+                add_text(&answer, text, bytes);
         }
         chat_add(&chat, answer);
     }

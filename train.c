@@ -220,7 +220,9 @@ static void feed_forward_backward(Mlp w, MlpRows p, MlpRows dp, int add) {
 // The load-balancing loss of one router call, and its gradient into g->dscore (T, E), which it
 // overwrites. Over a span of N tokens (a sequence with seq_aux, else the whole micro-batch):
 //     alpha * sum_e count_e E / (N K) * mean_t s_te,     d/ds_te = alpha count_e E / (N K) / N
-// times batch->share, and averaged over the spans.
+// times batch->share, and averaged over the spans. Where scores are sigmoids, p_te = s_te / sum_j
+// s_tj is in the place of s_te, and with a_e what stands before it
+//     d/ds_te (sum_j a_j p_tj) = (a_e - sum_j a_j p_tj) / sum_j s_tj
 // How often an expert was chosen, count_e, is a constant: a choice does not change with a small
 // change of the scores, so its derivative is 0.
 static double balance(Gradients *g, const Config *config, const Iteration *it,
@@ -235,8 +237,15 @@ static double balance(Gradients *g, const Config *config, const Iteration *it,
                                  (double)(N * K) / (double)N / (double)spans;
         for (size_t e = 0; e < E; e++) g->load[e] *= (real)per_count;       // now d/ds_te
         for (size_t t = span * N; t < (span + 1) * N; t++) {
-            memcpy(g->dscore + t * E, g->load, E * sizeof(real));
-            loss += (double)dot(g->load, it->score + t * E, E);
+            const real *score = it->score + t * E;
+            real sum = 1, along = 0;            // a softmax sums to 1, whatever its scores are
+            if (config->scoring_func == SIGMOID) {
+                sum = (real)1e-20;
+                for (size_t e = 0; e < E; e++) sum += score[e];
+                along = dot(g->load, score, E) / sum;
+            }
+            for (size_t e = 0; e < E; e++) g->dscore[t * E + e] = (g->load[e] - along) / sum;
+            loss += (double)dot(g->load, score, E) / (double)sum;
         }
     }
     return loss;
@@ -246,16 +255,18 @@ static double balance(Gradients *g, const Config *config, const Iteration *it,
 // dy (T, d) the gradient of its input y, and to w->gate.grad its own. The choice itself has no
 // gradient, see balance(); the scores have one where they became weights. With `total` the sum of
 // the chosen scores,
-//     weight_k = factor score_k:    dscore_k = factor dweight_k
-//     weight_k = score_k / total:   dscore_k = (dweight_k - sum_j dweight_j weight_j) / total
-// and through the balancing loss, which is returned.
+//     weight_k = factor score_k:           dscore_k = factor dweight_k
+//     weight_k = factor score_k / total:
+//                       dscore_k = (factor dweight_k - sum_j dweight_j weight_j) / total
+// and through the balancing loss, which is returned. The correction bias is in the choice alone, so
+// it has no gradient. A sigmoid s has the derivative s (1 - s).
 static double route_backward(const Config *config, Gradients *g, real *dy, const Iteration *it,
                              Layer *w, size_t c, const MicroBatch *batch) {
     LETTERS(config);
     const size_t T = batch->B * batch->n;
     const double loss = balance(g, config, it, batch);
-    const bool normalise = config->norm_topk_prob && K > 1;
-    const real factor = (real)config->routed_scaling_factor;
+    const bool normalise = normalises(config);
+    const real factor = weight_factor(config);
     SHARED(T * E, for (size_t t = 0; t < T; t++) {
         const real *score = it->score + t * E, *weight = it->weight + t * K;
         const real *dweight = g->dweight + t * K;
@@ -268,9 +279,10 @@ static double route_backward(const Config *config, Gradients *g, real *dy, const
         }
         for (size_t k = 0; k < K; k++)
             if (weight[k] != 0)
-                dscore[expert[k]] += normalise ? (dweight[k] - along) / total
+                dscore[expert[k]] += normalise ? (factor * dweight[k] - along) / total
                                                : dweight[k] * factor;
-        softmax_backward(dscore, score, E);
+        if (config->scoring_func == SOFTMAX) softmax_backward(dscore, score, E);
+        else for (size_t e = 0; e < E; e++) dscore[e] *= score[e] * (1 - score[e]);
     })
     linear_backward(dy, g->dscore, it->y, &w->gate, gate_of(config, c), NULL, T, 1);
     return loss;
@@ -339,15 +351,18 @@ static void weighted_backward(real *dffn, real *dv, const real *dy, const real *
 
 // Given g->dx (T, d), the gradient of the output of layer l: g->dmid (T, d), that of the stream
 // after attention. chain_forward() read upwards: with y_(c+1) = y_c + ffn(y_c) the gradient reaches
-// y_c on both ways, with y_(c+1) = ffn(y_c) through ffn alone. Returns the balancing loss of the
-// layer.
+// y_c on both ways, with y_(c+1) = ffn(y_c) through ffn alone. With prenorm_chain the output is mid
+// + the sum of all ffn(y_c): g->dmid is what reaches every ffn, and mid; g->dx is what reaches y_c,
+// nothing yet behind the last. Returns the balancing loss of the layer.
 static double chain_backward(Model *m, State *s, Gradients *g, size_t l, const MicroBatch *batch) {
     const Config *config = &m->config;
     Layer *w = &m->w.layer[l];
     const LayerState *a = &s->layer[l];
     const size_t T = batch->B * batch->n, d = config->hidden_size;
     double loss = 0;
-    if (config->outer_residual) memcpy(g->dmid, g->dx, T * d * sizeof(real));
+    const bool keeps_mid = config->outer_residual || config->prenorm_chain;
+    if (keeps_mid) memcpy(g->dmid, g->dx, T * d * sizeof(real));
+    if (config->prenorm_chain) memset(g->dx, 0, T * d * sizeof(real));
     for (size_t c = iterations(config, l); c-- > 0; ) {
         const enum Residual residual = residual_of(m, c);
         if (residual == WEIGHTED_Y)
@@ -355,11 +370,12 @@ static double chain_backward(Model *m, State *s, Gradients *g, size_t l, const M
                               data_of(&w->coe_weights, c - 1), a->iteration[c].ffn, T, d);
         else
             memcpy(g->dffn, g->dx, T * d * sizeof(real));
+        for (size_t i = 0; residual == PRENORM && i < T * d; i++) g->dffn[i] += g->dmid[i];
         if (residual == NOTHING) memset(g->dx, 0, T * d * sizeof(real));    // only ffn passes it on
         loss += ffn_backward(m, s, g, l, c, batch);
     }
     rmsnorm_backward(g->dmid, g->dx, a->inverse_mid, a->mid, d, &w->post_attention_layernorm, T,
-                     config->outer_residual);
+                     keeps_mid);
     return loss;
 }
 
@@ -697,6 +713,41 @@ static Loss batch_gradient(Run *run) {
     return loss;
 }
 
+// AdamW on all weights but correction biases, which have no gradient and do not decay.
+static void update_weights(Run *run, double clip) {
+    const Weights *w = &run->model.w;
+    const size_t L = run->model.config.num_hidden_layers;
+    size_t from = 0;
+    for (size_t l = 0; l <= L; l++) {
+        const Tensor *bias = l < L ? &w->layer[l].correction_bias : NULL;
+        if (bias && !bias->copies) continue;
+        const size_t to = bias ? bias->offset : w->size;
+        adamw(run->model.weights + from, run->m + from, run->v + from, run->grad + from, to - from,
+              &run->recipe, run->step, clip);
+        from = bias ? to + tensor_size(bias) : to;
+    }
+}
+
+// DeepSeek-V3's balancing: after a step the correction bias of each expert goes up by
+// bias_update_speed where the expert got fewer tokens than the mean of all, and down where it got
+// more. A router that all iterations share counts the tokens of all.
+static void update_biases(Run *run) {
+    const Config *config = &run->model.config;
+    LETTERS(config);
+    const size_t routers = n_gates(config), calls = C / routers;
+    const int64_t tokens = (int64_t)(run->recipe.batch_size * run->recipe.max_length * K * calls);
+    for (size_t l = 0; l < L; l++) {
+        Tensor *bias = &run->model.w.layer[l].correction_bias;
+        for (size_t i = 0; i < tensor_size(bias); i++) {
+            int64_t count = 0;
+            for (size_t c = 0; c < calls; c++)
+                count += run->chosen[(l * C + c) * E + i];      // c is 0 where i / E is a router's
+            const int64_t missing = tokens - count * (int64_t)E;
+            bias->data[i] += (real)(run->recipe.bias_update_speed * ((missing > 0) - (missing < 0)));
+        }
+    }
+}
+
 // One step: gradient of the batch, clipping, AdamW. Returns the losses; *norm is the gradient's
 // before clipping. Ends the program where the loss or the norm is not finite.
 static Loss train_step(Run *run, double *norm) {
@@ -712,7 +763,8 @@ static Loss train_step(Run *run, double *norm) {
     const bool too_long = r->max_grad_norm > 0 && *norm > r->max_grad_norm;
     const double clip = too_long ? r->max_grad_norm / (*norm + 1e-6) : 1;
     lap(REST);
-    adamw(run->model.weights, run->m, run->v, run->grad, size, r, run->step, clip);
+    update_weights(run, clip);
+    update_biases(run);
     lap(ADAMW);
     run->step++;
     return loss;

@@ -296,4 +296,11 @@ static const char *decimal(char text[DECIMAL_TEXT], double x) {
     snprintf(text, DECIMAL_TEXT, "%.*f", digits < 0 ? 0 : digits > 60 ? 60 : digits, x);
     return text;
 }
+
+// The index of the largest of n numbers, the lowest among equals.
+static size_t argmax(const real *x, size_t n) {
+    size_t best = 0;
+    for (size_t i = 1; i < n; i++) if (x[i] > x[best]) best = i;
+    return best;
+}
 #endif // BASE_H

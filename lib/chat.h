@@ -45,7 +45,8 @@ static Chat chat_new(const Model *m, const char *system, const char *path) {
     if (c->generation.chat_template == CHAT_OF_PIECES) {
         memcpy(chat.piece, c->generation.chat, sizeof chat.piece);
     } else {
-        const char *bos = token_name(m, c->generation.bos_token_id), *eos = token_name(m, c->generation.eos_token_id[0]);
+        const char *bos = token_name(m, c->generation.bos_token_id);
+        const char *eos = token_name(m, c->generation.eos_token_id[0]);
         chat.piece[CHAT_BEGIN] = joined(bos, "User: ", "");
         chat.piece[CHAT_SYSTEM] = bos;
         chat.piece[CHAT_SYSTEM_USER] = "\n\nUser: ";

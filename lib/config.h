@@ -274,18 +274,22 @@ static const Key config_keys[] = {
         .help = "y = y + experts(y) in every iteration"),
     ROW(outer_residual, .init = "false",
         .help = "the layer's input is added to the chain's end"),
+    ROW(prenorm_chain, .init = "false", .absent = "false",
+        .help = "stream + what the chain adds to its y; without the residuals above"),
     ROW(use_igate, .init = "true",
         .help = "a router for each iteration; false: one for all"),
-    ROW(topk_method, .words = "greedy|group_limited_greedy", .init = "greedy",
+    ROW(scoring_func, .words = "softmax|sigmoid", .init = "softmax", .absent = "softmax",
+        .help = "what makes scores of a router's outputs; sigmoid goes with noaux_tc"),
+    ROW(topk_method, .words = "greedy|group_limited_greedy|noaux_tc", .init = "greedy",
         .help = "how experts are chosen"),
     ROW(n_group, RANGE(1, 1 << 14), .words = "null", .init = "1",
-        .help = "groups of experts (group_limited_greedy)"),
+        .help = "groups of experts (not with greedy)"),
     ROW(topk_group, RANGE(1, 1 << 14), .words = "null", .init = "1",
         .help = "groups a token may choose from"),
     ROW(norm_topk_prob, .init = "false",
         .help = "weights of the chosen sum to 1"),
     ROW(routed_scaling_factor, RANGE(-1e9, 1e9), .init = "1",
-        .help = "weights of the chosen times this, where not normalised"),
+        .help = "weights of the chosen times this, unless softmax's are normalised"),
     ROW(first_k_dense_replace, RANGE(0, 1 << 12), .init = "0",
         .help = "layers before this one are dense"),
     ROW(moe_layer_freq, RANGE(1, 1 << 12), .init = "1",
@@ -473,7 +477,8 @@ static void config_check(const Config *c, const char *where, int code) {
             "%s: bos_token_id is %lld, must be below vocab_size %zu",
             where, (long long)c->generation.bos_token_id, c->vocab_size);
     for (int i = 0; i < 2 * MOST_ENDS; i++) {
-        const int64_t id = i < MOST_ENDS ? c->generation.eos_token_id[i] : c->generation.generation_eos[i - MOST_ENDS];
+        const GenerationConfig *g = &c->generation;
+        const int64_t id = i < MOST_ENDS ? g->eos_token_id[i] : g->generation_eos[i - MOST_ENDS];
         REQUIRE(id < (int64_t)c->vocab_size, "%s: %seos_token_id is %lld, must be below vocab_size "
                 "%zu", where, i < MOST_ENDS ? "" : "generation_config.", (long long)id,
                 c->vocab_size);
@@ -484,6 +489,13 @@ static void config_check(const Config *c, const char *where, int code) {
     REQUIRE(c->first_k_dense_replace <= c->num_hidden_layers,
             "%s: first_k_dense_replace is %zu, must be 0..%zu (the layers)",
             where, c->first_k_dense_replace, c->num_hidden_layers);
+    REQUIRE(!c->prenorm_chain || (!c->inner_residual && !c->outer_residual),
+            "%s: prenorm_chain is true, and so is %s, must be one of them", where,
+            c->inner_residual ? "inner_residual" : "outer_residual");
+    REQUIRE((c->scoring_func == SIGMOID) == (c->topk_method == NOAUX_TC),
+            "%s: scoring_func is %s and topk_method %snoaux_tc, must be sigmoid with noaux_tc",
+            where, c->scoring_func == SIGMOID ? "sigmoid" : "softmax",
+            c->topk_method == NOAUX_TC ? "" : "not ");
     if (!c->n_routed_experts) return;
     REQUIRE(c->num_experts_per_tok <= c->n_routed_experts,
             "%s: num_experts_per_tok is %zu, must be 1..%zu (n_routed_experts)",
@@ -494,6 +506,9 @@ static void config_check(const Config *c, const char *where, int code) {
             where, c->n_group, c->n_routed_experts);
     REQUIRE(c->topk_group <= c->n_group, "%s: topk_group is %zu, must be 1..%zu (n_group)",
             where, c->topk_group, c->n_group);
+    REQUIRE(c->topk_method != NOAUX_TC || c->n_routed_experts / c->n_group >= 2,
+            "%s: n_group is %zu, must leave 2 or more of %zu experts a group", where, c->n_group,
+            c->n_routed_experts);
     const size_t left = c->topk_group * (c->n_routed_experts / c->n_group);
     REQUIRE(left >= c->num_experts_per_tok,
             "%s: topk_group %zu of n_group %zu leave %zu experts, "

@@ -212,7 +212,8 @@ static Stream read_stream(const Model *m, const char *path, const char *marker, 
         check_text(path, &text, &bytes, allow_bytes);
         s = tokenize_documents(m->tokenizer, text, bytes, eos, marker, strict, path);
     }
-    for (size_t i = 0; i < s.n; i++) s.documents += s.tokens[i] == m->config.generation.eos_token_id[0];
+    for (size_t i = 0; i < s.n; i++)
+        s.documents += s.tokens[i] == m->config.generation.eos_token_id[0];
     free(file);
     return s;
 }

@@ -45,7 +45,7 @@ static void check_edit(const Config *c, bool upcycled, const Edit *e, const char
         does_not_apply(name, rule, n, "the chain has one iteration");
     if (e->kind == SWAP_GATES && !c->use_igate)
         does_not_apply(name, rule, n, "all iterations share one router (use_igate false)");
-    if (e->kind == PARALLEL && !c->inner_residual && !upcycled)
+    if (e->kind == PARALLEL && !c->inner_residual && !c->prenorm_chain && !upcycled)
         does_not_apply(name, rule, n, "the chain has no residual inside, y_c alone goes on");
 }
 
@@ -93,8 +93,8 @@ static Edits *read_edits(const Settings *set, const Model *m) {
 
 // ---- the lens -----------------------------------------------------------------------------------
 // With c iterations of layer l done, the model would go on with what the next layer gets: y_c, and
-// mid with an outer residual. Without a residual inside y_0 goes no further: before iteration 0
-// the lens shows mid alone. The lens puts it through the final norm and lm_head as if the
+// mid with an outer residual; in a prenorm chain mid + (y_c - y_0). Without a residual inside y_0
+// goes no further: before iteration 0 the lens shows mid alone. The lens puts it through the final norm and lm_head as if the
 // layers ended there. (The final norm is not trained for that: early rows say less than they
 // could.)
 
@@ -122,12 +122,12 @@ static double norm_of(const real *x, size_t d) { return sqrt((double)dot(x, x, d
 // Whether the router of iteration c would have chosen others on y (d) than it did for token t.
 static int other_choice(Lens *p, const Iteration *it, size_t l, size_t c, const real *y, size_t t) {
     const Model *m = &p->run->model;
-    const size_t E = m->config.n_routed_experts, K = m->config.num_experts_per_tok;
-    const Tensor *gate = &m->w.layer[l].gate;
-    linear(p->score, y, gate, gate_of(&m->config, router_of(&p->run->state, l, c,
-                                                          m->config.inner_iter)), NULL, 1);
-    softmax(p->score, E, 1, NULL);
-    choose(p->expert, p->weight, p->left, p->score, &m->config);
+    const size_t K = m->config.num_experts_per_tok;
+    const Layer *w = &m->w.layer[l];
+    const size_t gate = gate_of(&m->config, router_of(&p->run->state, l, c, m->config.inner_iter));
+    linear(p->score, y, &w->gate, gate, NULL, 1);
+    make_scores(p->score, &m->config);
+    choose(p->expert, p->weight, p->left, p->score, bias_of(w, gate), &m->config);
     size_t same = 0;
     for (size_t k = 0; k < K; k++)
         for (size_t j = 0; j < K; j++) same += p->expert[k] == it->expert[t * K + j];
@@ -164,10 +164,12 @@ static void see(void *watcher, const State *s, const Iteration *it, size_t l, si
     LETTERS(&m->config);
     const bool outer = m->config.outer_residual, last = c == iterations(&m->config, l);
     const bool from_mid = c == 0 && residual_of(m, 0) == NOTHING;
+    const real *y_0 = m->config.prenorm_chain && !last ? s->edits->y_0 : NULL;
     const real *mid = s->layer[l].mid;
     if (c) see_round(p, s, it, l, c, T);
     for (size_t i = 0; i < T * d; i++)
-        p->stream[i] = (from_mid ? 0 : y[i]) + (from_mid || (outer && !last) ? mid[i] : 0);
+        p->stream[i] = y_0 ? mid[i] + (y[i] - y_0[i])
+                           : (from_mid ? 0 : y[i]) + (from_mid || (outer && !last) ? mid[i] : 0);
     memcpy(p->y, p->before, T * d * sizeof(real));
     memcpy(p->before, y, T * d * sizeof(real));
     rmsnorm(p->stream, NULL, p->stream, d, m->w.norm, T, m->config.rms_norm_eps);

@@ -17,6 +17,8 @@ typedef struct {
     enum Type type;
 } Matrix;
 
+typedef struct { real *y; const real *x; Matrix w; } Matvec;    // y (w.rows) = w x, x (w.cols)
+
 // Numbers in memory as a matrix (rows, cols) at stride ld.
 static Matrix view(const real *x, size_t rows, size_t cols, size_t ld) {
     return (Matrix){ x, NULL, rows, cols, ld, F32 };

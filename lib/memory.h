@@ -13,7 +13,10 @@ static Weights weights_layout(const Config *config, bool upcycled, enum Type typ
     LETTERS(config);
     const size_t gates = n_gates(config);
     const bool biased = config->attention_bias;
+    const bool corrected = config->topk_method == NOAUX_TC;
     const char *gate_name = config->use_igate ? "mlp.gate.%d.weight" : "mlp.gate.weight";
+    const char *bias_name = config->use_igate ? "mlp.gate.%d.e_score_correction_bias"
+                                              : "mlp.gate.e_score_correction_bias";
     Weights w = { .n_tensors = 3 + L * LAYER_TENSOR_COUNT };
     w.tensor = allocate(checked_mul(w.n_tensors, sizeof(Tensor)), "the list of tensors");
     w.embed_tokens = w.tensor;
@@ -80,11 +83,21 @@ static void tensor_name(char *name, size_t size, const Weights *w, size_t i, siz
 
 // ---- first values -------------------------------------------------------------------------------
 
+// The number of a tensor's random stream. It is that of the tensor in the list, as it was when a
+// layer had 25 of them: so a seed makes the same model as ever. Those that came later are not random.
+static size_t random_stream(const Weights *w, size_t i) {
+    enum { ROWS = 25 };
+    const size_t layers = (w->n_tensors - 3) / LAYER_TENSOR_COUNT;
+    if (i == 0) return 0;
+    if (i >= w->n_tensors - 2) return 1 + layers * ROWS + (i - (w->n_tensors - 2));
+    return 1 + (i - 1) / LAYER_TENSOR_COUNT * ROWS + (i - 1) % LAYER_TENSOR_COUNT;
+}
+
 // Fresh weights from a seed. Each tensor has a random stream of its own.
 static void weights_init(Model *m, uint64_t seed) {
     for (size_t i = 0; i < m->w.n_tensors; i++) {
         Tensor *t = &m->w.tensor[i];
-        uint64_t rng = seed * 0x2545F4914F6CDD1Du + i;
+        uint64_t rng = seed * 0x2545F4914F6CDD1Du + random_stream(&m->w, i);
         rng = rng_next(&rng);
         const double bound = 1 / sqrt((double)m->config.hidden_size);
         const double deviation = m->config.initializer_range;
@@ -206,7 +219,8 @@ static Parameters count_parameters(const Model *m) {
 // The resolved model in one line, on stderr.
 static void print_model(const Model *m) {
     const Config *c = &m->config;
-    const char *inside = m->upcycled ? "coe_weights" : c->inner_residual ? "inner" : "";
+    const char *inside = m->upcycled ? "coe_weights" : c->prenorm_chain ? "prenorm" :
+                         c->inner_residual ? "inner" : "";
     const char *outside = c->outer_residual ? "outer" : *inside ? "" : "none";
     const Parameters p = count_parameters(m);
     fprintf(stderr, "model: d %zu, L %zu, E %zu, K %zu, C %zu, S %zu, residual %s%s%s, gates %s, "

@@ -18,6 +18,7 @@ typedef struct {
     int lr_scheduler;                   // CONSTANT or COSINE
     double weight_decay, adam_beta1, adam_beta2, adam_epsilon;
     double max_grad_norm;               // 0: no clipping
+    double bias_update_speed;           // of correction biases, a step; 0: they stay
     int64_t seed;
     bool sequential;                    // samples in file order
     int64_t level;                      // of the built-in task
@@ -54,6 +55,8 @@ static const Key recipe_keys[] = {
         .help = "added to the root of the second moment"),
     ROW(max_grad_norm, RANGE(0, 1e9), .init = "1",
         .help = "gradient is clipped to this norm; 0: off"),
+    ROW(bias_update_speed, RANGE(0, 1e9), .init = "0", .absent = "0",
+        .help = "how fast a correction bias (noaux_tc) balances the experts, a step; 0: off"),
     ROW(seed, .letter = 's', RANGE(0, 9e15), .init = "1",
         .help = "of the initial weights and the order of the data"),
     ROW(sequential, .flag = true, .init = "false",

@@ -143,8 +143,8 @@ static double solve(const Run *run, size_t problems) {
 static void show_sample(const Run *run) {
     const Config *c = &run->model.config;
     const bool ask = run->data.built_in || run->recipe.completion_only_loss;
-    if (!run->model.tokenizer || c->generation.eos_token_id[0] < 0 || (ask && !problem_count(run))) return;
     int eos = (int)c->generation.eos_token_id[0];
+    if (!run->model.tokenizer || eos < 0 || (ask && !problem_count(run))) return;
     Problem p = { .tokens = &eos, .n = 1 };
     const size_t problems = min_size(problem_count(run), TASK_VALIDATION);
     if (ask) p = problem_new(run, (size_t)run->step % problems);

@@ -145,6 +145,7 @@ static void fresh_model(Run *run, const Options *config_table) {
     Config *c = &m->config;
     if (!is_given(config_table, "max_position_embeddings"))
         c->max_position_embeddings = max_size(c->max_position_embeddings, run->recipe.max_length);
+    if (c->prenorm_chain && !is_given(config_table, "inner_residual")) c->inner_residual = false;
     if (*run->job.tokenizer) take_tokenizer(run, config_table, true);
     else choose_tokenizer(run, config_table);
     config_check(c, "options", WRONG_USAGE);

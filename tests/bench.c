@@ -167,7 +167,7 @@ static void write_model(const char *path, int argc, char **argv) {
     Model m = { 0 };
     const Options table = { config_keys, CONFIG_KEYS, &m.config, NULL };
     keys_init(config_keys, CONFIG_KEYS, &m.config);
-    m.config.generation.bos_token_id = m.config.generation.eos_token_id = -1;
+    m.config.generation.bos_token_id = m.config.generation.eos_token_id[0] = -1;
     parse_options(&table, 1, argc, argv, 0, "name");
     config_check(&m.config, "options", WRONG_USAGE);
     m.w = weights_layout(&m.config, false, F32);

@@ -38,8 +38,10 @@ def look_at(cfg, record):
     """What reference.py recorded of one call of a router, by name, with how clear each token's
     choice was: `gap` of the set (the K-th expert against the next one), `order_gap` also of the
     order. Where groups are chosen first, their choice counts, too."""
-    layer, iteration, experts, weights, score = record
+    layer, iteration, experts, weights, score, bias = record
     allowed, K = score.detach(), experts.shape[1]
+    if bias is not None:
+        return look_at_v3(cfg, record)
     group_gap = torch.full_like(allowed[:, 0], math.inf)
     if cfg['topk_method'] == 'group_limited_greedy':
         G, kept = cfg['n_group'], cfg['topk_group']
@@ -51,6 +53,23 @@ def look_at(cfg, record):
     return {'layer': layer, 'iteration': iteration, 'experts': experts, 'weights': weights,
             'gap': torch.minimum(step[:, K - 1], group_gap),
             'order_gap': torch.minimum(step[:, :K].min(-1).values, group_gap)}
+
+
+def look_at_v3(cfg, record):
+    """The same where the choice goes by score + bias, which may be negative: gaps are differences."""
+    layer, iteration, experts, weights, score, bias = record
+    z, K, groups = (score + bias).detach(), experts.shape[1], cfg['n_group'] or 1
+    down = lambda x: (lambda v: torch.cat([v[:, :-1] - v[:, 1:], torch.full_like(v[:, :1], math.inf)],
+                                          -1))(x.sort(dim=-1, descending=True).values)
+    worth = z.view(len(z), groups, -1).topk(2).values.sum(-1)
+    kept = cfg['topk_group'] or 1
+    group_gap = down(worth)[:, kept - 1]
+    enough = worth >= worth.topk(kept).values[:, -1:]
+    z = z.masked_fill(~enough.repeat_interleave(z.shape[1] // groups, 1), -math.inf)
+    gap = torch.minimum(down(z)[:, K - 1].nan_to_num(nan=math.inf), group_gap)
+    order = down(score.detach().gather(1, experts)).min(-1).values if K > 1 else gap
+    return {'layer': layer, 'iteration': iteration, 'experts': experts, 'weights': weights,
+            'gap': gap, 'order_gap': torch.minimum(order, gap)}
 
 
 @torch.no_grad()
@@ -73,11 +92,12 @@ def greedy(cfg, w, prompt, n):
 
 # ---- [2] training -----------------------------------------------------------------------------
 
-def loss_and_grads(cfg, w, tokens, targets, micro=None):
+def loss_and_grads(cfg, w, tokens, targets, micro=None, with_records=False):
     """Mean cross entropy, balancing losses, the gradient of their sum by name, and what look_at
     says of every choice of experts. With micro, that many sequences are taken at once."""
     loss, aux, grads, records = reference.batch_gradient(cfg, w, tokens, targets, micro)
-    return loss, aux, grads, [look_at(cfg, r) for r in records]
+    looks = [look_at(cfg, r) for r in records]
+    return loss, aux, grads, looks if not with_records else (looks, records)
 
 
 def windows(stream, first, B, L):                          # inputs and targets, both [B, L]
@@ -100,7 +120,7 @@ def documents(stream, first, B, L, eos=1):                 # inputs and targets,
 
 
 def adamw(cfg, w, stream, B, L, steps, lr, warmup_steps=0, betas=(0.9, 0.95), eps=1e-8,
-          weight_decay=0.01, clip=1.0, micro=None, samples=windows):
+          weight_decay=0.01, clip=1.0, micro=None, samples=windows, bias_speed=0.0):
     """Trains on samples of the stream in file order, at a constant rate after the warm-up.
     Yields after every step (log, weights): the loss before the update, aux_loss, grad_norm
     before clipping, and how clear every choice of experts was (gaps)."""
@@ -111,8 +131,10 @@ def adamw(cfg, w, stream, B, L, steps, lr, warmup_steps=0, betas=(0.9, 0.95), ep
     m = {name: torch.zeros_like(t) for name, t in w.items()}
     v = {name: torch.zeros_like(t) for name, t in w.items()}
     for step in range(steps):
-        loss, aux, grads, records = loss_and_grads(cfg, w, *samples(stream, step * B, B, L), micro)
+        loss, aux, grads, (records, calls) = loss_and_grads(
+            cfg, w, *samples(stream, step * B, B, L), micro, with_records=True)
         norm = reference.adamw(w, m, v, grads, recipe, step)
+        reference.update_biases(cfg, w, calls, bias_speed)
         gaps = torch.cat([r['gap'] for r in records] or [torch.tensor([math.inf])])
         yield {'step': step, 'lr': reference.learning_rate(recipe, step), 'loss': loss,
                'aux_loss': aux, 'grad_norm': norm, 'gaps': gaps}, w
@@ -130,6 +152,8 @@ def load(folder):
     """(config, weights by name) of a checkpoint folder, float32."""
     with open(os.path.join(folder, 'config.json')) as f:
         cfg = json.load(f)
+    if cfg['model_type'] == 'deepseek_v3':
+        cfg |= {'inner_iter': 1, 'inner_residual': False, 'outer_residual': True, 'use_igate': False}
     w = load_file(os.path.join(folder, 'model.safetensors'))
     return cfg, {name: t.float() for name, t in w.items()}
 
@@ -174,7 +198,18 @@ def random_config(rng):
                    'beta_slow': pick(1, 2)}
         for key in 'mscale', 'mscale_all_dim':             # both may be missing
             scaling |= pick({}, {key: 0.707}, {key: 1.0})
-    return {
+    scoring = 'softmax'
+    if chance(0.25):                                       # DeepSeek-V3's router
+        groups = size(1, 4)
+        experts, scoring, method = groups * size(2, 5), 'sigmoid', 'noaux_tc'
+        n_group, topk_group = pick((groups, size(1, groups)), (groups, groups))
+        if groups == 1:
+            n_group, topk_group = pick((1, 1), (None, None))
+        k = size(1, min((topk_group or 1) * experts // groups, 5))
+    prenorm = chance(0.25)
+    outer = chance(0.5) and not prenorm
+    more = {'prenorm_chain': True} if prenorm else {}
+    return more | {
         'vocab_size': vocab, 'hidden_size': size(5, 45), 'intermediate_size': size(3, 40),
         'moe_intermediate_size': size(1, 21), 'num_hidden_layers': layers,
         'num_attention_heads': heads, 'n_shared_experts': pick(None, 0, 1, 1, 2),
@@ -184,14 +219,15 @@ def random_config(rng):
         'v_head_dim': size(1, 13), 'qk_nope_head_dim': size(1, 13), 'topk_method': method,
         'n_group': n_group, 'topk_group': topk_group, 'num_experts_per_tok': k,
         'moe_layer_freq': pick(1, 1, 1, 1, 2), 'first_k_dense_replace': pick(0, 0, int(layers > 1)),
-        'norm_topk_prob': chance(0.4), 'scoring_func': 'softmax',
+        'norm_topk_prob': chance(0.4), 'scoring_func': scoring,
         'aux_loss_alpha': pick(0.0, 0.001, 0.05, 0.5), 'seq_aux': chance(0.4),
         'hidden_act': 'silu', 'max_position_embeddings': size(64, 200),
         'initializer_range': 0.02, 'rms_norm_eps': pick(1e-6, 1e-5, 1e-3),
         'bos_token_id': 0, 'eos_token_id': 1, 'tie_word_embeddings': chance(0.3),
         'rope_theta': pick(10000.0, 500.0, 1e6), 'rope_scaling': scaling,
         'attention_bias': chance(0.4), 'attention_dropout': 0.0, 'inner_iter': chain,
-        'outer_residual': chance(0.5), 'inner_residual': residual, 'use_igate': chance(0.75),
+        'outer_residual': outer, 'inner_residual': residual and not prenorm,
+        'use_igate': chance(0.75),
         'torch_dtype': 'float32', 'architectures': ['CoeForCausalLM'],
         'num_key_value_heads': heads, 'model_type': 'coe_deepseekv2'}
 
@@ -235,6 +271,8 @@ def shapes(cfg, coe_weights):
                 one(m + 'shared_experts.down_proj.weight', d, f * S)
             if coe_weights and C > 1:
                 out.append([(f'{m}coe_weights.{t}', (d,)) for t in range(C - 1)])
+            if cfg['topk_method'] == 'noaux_tc':
+                out.append([(f'{m}gate.{t}e_score_correction_bias', (E,)) for t in gates])
         else:
             one(m + 'gate_proj.weight', I, d)
             one(m + 'up_proj.weight', I, d)
@@ -250,10 +288,12 @@ def random_weights(cfg, rng, scale=1.0):
     experts is clear. Where nothing is added to what the experts return, they are larger, too, or
     the stream would fade from one iteration to the next and all experts be alike to the gate.
     A third of the models that can be are upcycled ones (have coe_weights)."""
-    w, down = {}, 0.5 if cfg['inner_residual'] else 4.0
-    for name, shape in sum(shapes(cfg, rng.random() < 0.33), []):
+    prenorm = cfg.get('prenorm_chain', False)
+    w, down = {}, 0.5 if cfg['inner_residual'] or prenorm else 4.0
+    for name, shape in sum(shapes(cfg, rng.random() < 0.33 and not prenorm), []):
         x = torch.tensor(rng.standard_normal(shape), dtype=torch.float32)
         if 'norm' in name:                          w[name] = 1 + 0.3 * x
+        elif name.endswith('_bias'):                w[name] = 0.1 * x
         elif name.endswith('.bias'):                w[name] = 0.3 * x
         elif 'coe_weights' in name:                 w[name] = 0.5 * x
         elif name.startswith('model.embed_tokens'): w[name] = 0.7 * scale * x
@@ -306,9 +346,12 @@ class Report:
 
 
 def far_grads(grads, want):
-    """(distance, name) of the worst tensor."""
+    """(distance, name) of the worst tensor. Where a gradient cancels out to nothing at all, as that
+    of a query that sees one key, rounding of the terms is left: so much less is asked of it."""
     total = math.sqrt(sum((g * g).sum().item() for g in want.values()))
-    return max((far_norm(grads[n].to(g.dtype), g, 1e-5 * total), n) for n, g in want.items())
+    nothing = 1e-12 * total
+    floor = lambda g: (1e-5 if g.norm() > nothing else 1e-2) * total
+    return max((far_norm(grads[n].to(g.dtype), g, floor(g)), n) for n, g in want.items())
 
 
 def check(folder):
@@ -329,7 +372,7 @@ def check(folder):
 
     loss, aux, grads, _ = loss_and_grads(cfg, w, tokens, targets)
     rep.add('loss', abs(loss / scalars['loss'] - 1), 1e-5)
-    rep.add('aux', abs(aux / scalars['aux_loss'] - 1), 1e-5)
+    rep.add('aux', abs(aux - scalars['aux_loss']), 1e-5 * abs(scalars['aux_loss']))
     want = {name[5:]: g for name, g in gold.items() if name.startswith('grad.')}
     rep.same('names', set(want) == set(grads))
     worst, name = far_grads(grads, want)
@@ -452,8 +495,9 @@ def draw(rng, cfg, steps):
     if clear(records) < CLEAR or far_grads(grads32, grads)[0] > CALM / 5:
         return None
     lr, log, gap, error, noise = 1e-4 if calls > 4 else 1e-3, [], math.inf, 0.0, 0.0
+    speed = float(rng.choice([0, 0.004, 0.03])) if cfg['topk_method'] == 'noaux_tc' else 0.0
     run = lambda w: adamw(cfg, w, stream, B, L, steps, lr, warmup_steps=3, clip=clip, micro=micro,
-                          samples=samples)
+                          samples=samples, bias_speed=speed)
     for (entry, after), (entry32, after32) in zip(run(w), run(w32)):
         log.append(entry)
         gap = min(gap, entry['gaps'].min().item())
@@ -468,7 +512,7 @@ def draw(rng, cfg, steps):
     return {'cfg': cfg, 'w32': w32, 'w': w, 'ids': ids, 'logits': logits[0], 'records': routing,
             'greedy': continued, 'B': B, 'L': L, 'micro': micro, 'clip': clip, 'stream': stream,
             'grads': grads, 'lr': lr, 'log': log, 'after': after, 'gap': gap, 'noise': noise,
-            'wide': bool(rng.random() < 0.5), 'packing': packing, 'samples': samples}
+            'wide': bool(rng.random() < 0.5), 'packing': packing, 'samples': samples, 'speed': speed}
 
 
 def compare(case, name, opt, folder):
@@ -526,7 +570,7 @@ def compare(case, name, opt, folder):
                    path('stream.bin'), '--sequential', '-b', B, '-l', L,
                    '--packing', str(case['packing']).lower(), '--micro_batch_size',
                    case['micro'], '-x', len(case['log']), '--learning_rate', f'{case["lr"]:.7f}',
-                   '--warmup_steps', 3, '--lr_scheduler', 'constant', '--weight_decay', 0.01,
+                   '--bias_update_speed', case['speed'], '--warmup_steps', 3, '--lr_scheduler', 'constant', '--weight_decay', 0.01,
                    '--adam_beta1', 0.9, '--adam_beta2', 0.95, '--adam_epsilon', '0.00000001',
                    '--max_grad_norm', case['clip'], '--eval_steps', 0, '--save_steps', 0,
                    '--sample_steps', 0, '--log', path('log.tsv'), '-o', path('out.bin'))
@@ -548,6 +592,8 @@ def compare(case, name, opt, folder):
     except Exception as e:                                 # whatever it is, this model failed
         rep.same('output', False, f'{type(e).__name__}: {e}')
     kind = "windows" if case["packing"] else "documents"
+    kind += ", sigmoid" * (cfg['scoring_func'] == 'sigmoid') + \
+        ", prenorm" * cfg.get('prenorm_chain', False)
     return rep.end(f' ({kind}, lr {case["lr"]:.0e}, limit {limit:.0e}, closest choice '
                    f'{case["gap"]:.0e})')
 

@@ -48,8 +48,11 @@ def is_moe(config, l):
 def largest(x, count):                                     # x [rows, columns] -> [rows, count]
     return x.sort(dim=-1, descending=True, stable=True).indices[:, :count]
 
-# Chooses each token's K experts, the best first, and their weights, by the scores of all experts.
-def choose(config, score):          # score [T, E] -> expert [T, K], weight [T, K]
+# Chooses each token's K experts, that of the largest weight first, and their weights, by the scores
+# of all experts. In DeepSeek-V3 (noaux_tc) the choice goes by score + bias, and the weight by score.
+def choose(config, score, bias=None):   # score [T, E], bias [E] -> expert [T, K], weight [T, K]
+    if config['topk_method'] == 'noaux_tc':
+        return choose_v3(config, score, bias)
     if config['topk_method'] == 'group_limited_greedy':
         # Neighbouring experts form n_group groups. A token chooses among the topk_group groups
         # whose best experts have the largest scores; the scores in all other groups count as 0.
@@ -65,12 +68,33 @@ def choose(config, score):          # score [T, E] -> expert [T, K], weight [T, 
         return expert, weight / (weight.sum(-1, keepdim=True) + 1e-20)
     return expert, weight * config['routed_scaling_factor']
 
-# The router of iteration c in layer l. With use_igate each iteration has its own router;
-# otherwise one router serves all of them.
-def route(config, w, l, c, x):      # x [T, d] -> expert, weight [T, K], score [T, E]
+# A group is worth the sum of its two best; groups that are not chosen do not count at all.
+def choose_v3(config, score, bias):
+    T, groups = len(score), config['n_group'] or 1
+    group = (score + bias).view(T, groups, -1)                          # [T, groups, E/groups]
+    worth = group.topk(2).values.sum(-1)                                # [T, groups]
+    mask = torch.zeros_like(worth).scatter(1, largest(worth, config['topk_group'] or 1), 1.0)
+    z = group.masked_fill(mask[:, :, None] == 0, -math.inf).flatten(1)
+    expert = largest(z, config['num_experts_per_tok'])
+    order = largest(score.gather(1, expert), expert.shape[1])
+    expert = expert.gather(1, order)
+    weight = score.gather(1, expert)
+    if config['norm_topk_prob']:
+        weight = weight / (weight.sum(-1, keepdim=True) + 1e-20)
+    return expert, weight * config['routed_scaling_factor']
+
+# The scores of router c in layer l, and its correction bias, if it has one. With use_igate each
+# iteration has its own router; otherwise one router serves all of them.
+def scores(config, w, l, c, x):     # x [T, d] -> score [T, E], bias [E] or None
     gate = f'model.layers.{l}.mlp.gate' + (f'.{c}' if config['use_igate'] else '')
-    score = linear(w, gate, x).softmax(-1)
-    return *choose(config, score), score
+    z = linear(w, gate, x)
+    score = z.sigmoid() if config['scoring_func'] == 'sigmoid' else z.softmax(-1)
+    return score, w.get(gate + '.e_score_correction_bias')
+
+# The router of iteration c in layer l.
+def route(config, w, l, c, x):      # x [T, d] -> expert, weight [T, K], score [T, E], bias [E]
+    score, bias = scores(config, w, l, c, x)
+    return *choose(config, score, bias), score, bias
 
 # The feed-forward of layer l in iteration c. The experts are the same in all iterations, and only
 # the choice is made anew. If there is a list `records`, the choice is appended to it.
@@ -78,9 +102,9 @@ def ffn_forward(config, w, l, c, x, records=None):         # x [T, d] -> [T, d]
     mlp = f'model.layers.{l}.mlp'
     if not is_moe(config, l):
         return feed_forward(w, mlp, x)
-    expert, weight, score = route(config, w, l, c, x)
+    expert, weight, score, bias = route(config, w, l, c, x)
     if records is not None:
-        records.append((l, c, expert, weight, score))
+        records.append((l, c, expert, weight, score, bias))
     ffn = torch.zeros_like(x)
     for e in range(config['n_routed_experts']):
         t, k = (expert == e).nonzero(as_tuple=True)        # All places where e is choice k of t.
@@ -90,18 +114,22 @@ def ffn_forward(config, w, l, c, x, records=None):         # x [T, d] -> [T, d]
 
 # The chain of layer l: the feed-forward C times in a row, starting from the normed stream. Without
 # outer_residual the stream x itself goes no further than the norm. That looks like a mistake, but
-# the models of the paper are made this way.
+# the models of the paper are made this way. With prenorm_chain, what the chain has added to its
+# start goes back to the stream.
 def chain_forward(config, w, l, x, records=None):          # x [T, d] -> [T, d]
     layer = f'model.layers.{l}'
     # A model with coe_weights was made from a DeepSeek-V2. No layer of it uses inner_residual.
     upcycled = any('.coe_weights.' in name for name in w)
-    y = rmsnorm(w, layer + '.post_attention_layernorm', x, config['rms_norm_eps'])
+    y = y_0 = rmsnorm(w, layer + '.post_attention_layernorm', x, config['rms_norm_eps'])
+    prenorm = config.get('prenorm_chain', False)
     for c in range(config['inner_iter'] if is_moe(config, l) else 1):
         ffn = ffn_forward(config, w, l, c, y, records)
         if upcycled:
             y = y + w[f'{layer}.mlp.coe_weights.{c - 1}'] * ffn if c > 0 else ffn
         else:
-            y = y + ffn if config['inner_residual'] else ffn
+            y = y + ffn if config['inner_residual'] or prenorm else ffn
+    if prenorm:
+        return x + (y - y_0)
     return y + x if config['outer_residual'] else y
 
 # ---- [6] attention ------------------------------------------------------------------------------
@@ -185,9 +213,6 @@ def attention_forward(config, w, l, x, B):                 # x [T, d] -> [T, d]
 
 # The whole model up to the rows that lm_head turns into logits.
 def forward(config, w, tokens, records=None):              # tokens [B, n] -> [T, d]
-    for key, value in ('scoring_func', 'softmax'), ('prenorm_chain', False):
-        if config.get(key, value) != value:
-            raise ValueError(f'{key} {config[key]} is not implemented')
     x = w['model.embed_tokens.weight'][tokens.flatten()]
     for l in range(config['num_hidden_layers']):
         x = attention_forward(config, w, l, x, len(tokens))
@@ -214,9 +239,11 @@ def generate(config, w, tokens, more):
 
 # The balancing loss of one call of a router. It is large when experts that are chosen often have
 # high scores, too, in each sequence (seq_aux) or in the whole batch. Only the scores have a
-# gradient: the counts are constants to it.
+# gradient: the counts are constants to it. Sigmoids are made to sum to 1, as a softmax does.
 def balance(config, expert, score, B):                     # [T, K], [T, E] -> one number
     K, E, groups, total = expert.shape[1], score.shape[1], B if config['seq_aux'] else 1, 0.0
+    if config['scoring_func'] == 'sigmoid':
+        score = score / score.sum(-1, keepdim=True)
     for chosen, s in zip(expert.view(groups, -1, K), score.view(groups, -1, E)):
         count = torch.bincount(chosen.flatten(), minlength=E).to(s.dtype)               # [E]
         total = total + (count * E / (len(s) * K) * s.mean(0)).sum()
@@ -235,7 +262,7 @@ def loss(config, w, tokens, targets):                      # tokens, targets [B,
     nats = cross_entropy(logits_forward(config, w, x[counts]), targets[counts])
     mean = nats.sum() / max(len(nats), 1)
     aux = torch.zeros_like(mean)
-    for l, c, expert, weight, score in records:
+    for l, c, expert, weight, score, bias in records:
         aux = aux + balance(config, expert, score, len(tokens))
     return mean, aux, records
 
@@ -278,7 +305,8 @@ def learning_rate(recipe, step):
 # One step of AdamW (arXiv 1711.05101), which changes w, m and v. m and v are dictionaries like w
 # and hold running means of the gradient and of its square. The gradient of all weights together is
 # one long vector: if it is longer than max_grad_norm, it is cut to that length first, unless
-# max_grad_norm is 0. The length before the cut is returned.
+# max_grad_norm is 0. The length before the cut is returned. Correction biases do not decay; their
+# gradient is 0.
 def adamw(w, m, v, grad, recipe, step):
     norm = math.sqrt(sum((g * g).sum().item() for g in grad.values()))
     limit = recipe['max_grad_norm']
@@ -289,9 +317,23 @@ def adamw(w, m, v, grad, recipe, step):
         m[name] = b1 * m[name] + (1 - b1) * g
         v[name] = b2 * v[name] + (1 - b2) * g * g
         m_hat, v_hat = m[name] / (1 - b1 ** (step + 1)), v[name] / (1 - b2 ** (step + 1))
-        w[name] = (w[name] * (1 - rate * recipe['weight_decay'])
+        decay = 0 if name.endswith('e_score_correction_bias') else recipe['weight_decay']
+        w[name] = (w[name] * (1 - rate * decay)
                    - rate * m_hat / (v_hat.sqrt() + recipe['adam_epsilon']))
     return norm
+
+# DeepSeek-V3's way to balance experts, after a step whose choices are in records: the correction
+# bias of an expert goes up by `speed` if it got fewer tokens than the mean, and down if more.
+def update_biases(config, w, records, speed):
+    counts = {}
+    for l, c, expert, *_ in records:
+        name = f'model.layers.{l}.mlp.gate' + (f'.{c}' if config['use_igate'] else '')
+        count = torch.bincount(expert.flatten(), minlength=config['n_routed_experts'])
+        counts[name] = counts.get(name, 0) + count
+    for name, count in counts.items():
+        name += '.e_score_correction_bias'
+        if name in w:
+            w[name] = w[name] + speed * torch.sign(count.sum() / len(count) - count)
 
 if __name__ == '__main__':
     import json, sys

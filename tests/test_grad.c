@@ -52,6 +52,14 @@ static Config random_config(int i) {
     c.topk_method = i % 5 == 2 ? GROUP_LIMITED_GREEDY : GREEDY;
     c.n_group = 2;
     c.topk_group = 1 + (c.num_experts_per_tok > 2);
+    if (i % 6 == 5) {                   // DeepSeek-V3's router
+        c.scoring_func = SIGMOID;
+        c.topk_method = NOAUX_TC;
+    }
+    if (i % 7 == 3) {
+        c.prenorm_chain = true;
+        c.inner_residual = c.outer_residual = false;
+    }
     c.first_k_dense_replace = i % 4 == 1;
     c.attention_bias = i % 3 != 0;
     c.tie_word_embeddings = i % 4 == 2;
@@ -62,7 +70,7 @@ static Config random_config(int i) {
     c.rope_scaling_factor = i % 3 ? 3 : 1;
     c.rope_scaling_original = 8;
     c.rope_scaling_mscale_all = i % 3 == 2 ? 0.7 : 0;
-    c.generation.bos_token_id = c.generation.eos_token_id = 0;
+    c.generation.bos_token_id = c.generation.eos_token_id[0] = 0;
     config_check(&c, "test", FAILED);
     return c;
 }
@@ -72,7 +80,7 @@ static Trial trial_new(int i) {
     Trial p = { .m.config = random_config(i), .n = i % 9 == 8 ? MOST_LENGTH : 7 };
     const size_t rows = SEQUENCES * p.n;
     const Config *config = &p.m.config;
-    p.m.upcycled = config->inner_iter > 1 && i % 4 == 2;
+    p.m.upcycled = config->inner_iter > 1 && i % 4 == 2 && !config->prenorm_chain;
     p.m.w = weights_layout(config, p.m.upcycled, F32);
     p.m.weights = allocate(p.m.w.size * sizeof(real), "weights");
     weights_bind(&p.m.w, p.m.weights);

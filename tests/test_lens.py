@@ -17,7 +17,7 @@ import torch
 import oracle
 import reference
 from oracle import call, random_config, random_weights, read_tsv
-from reference import choose, feed_forward, is_moe, linear, rmsnorm
+from reference import choose, feed_forward, is_moe, rmsnorm, scores
 
 CLEAR = 1e-3            # a choice by less than this may fall otherwise in float32
 passed = failed = 0
@@ -49,9 +49,13 @@ class Edits:
 
 
 def route(cfg, w, l, c, x, edits):
-    gate = f"model.layers.{l}.mlp.gate" + (f".{c}" if cfg["use_igate"] else "")
-    score = linear(w, gate, x).softmax(-1)
+    score, bias = scores(cfg, w, l, c, x)
     ordered = score.sort(-1, descending=True).values
+    if bias is not None:
+        expert, weight = choose(cfg, score, bias)
+        gap = oracle.look_at_v3(cfg, (l, c, expert, weight, score, bias))["order_gap"]
+        edits.gap = min(edits.gap, gap.min().item())
+        return expert, weight
     if score.shape[1] > 1:
         edits.gap = min(edits.gap, ((ordered[:, :-1] - ordered[:, 1:]) / ordered[:, :-1].clamp(1e-9))
                         .min().item())
@@ -95,6 +99,7 @@ def run_model(cfg, w, ids, edits):
         mid = reference.attention_forward(cfg, silent, l, x, 1)
         upcycled = any(".coe_weights." in name for name in w)
         y = before = y_0 = rmsnorm(w, layer + ".post_attention_layernorm", mid, cfg["rms_norm_eps"])
+        prenorm = cfg.get("prenorm_chain", False)
         inside = cfg["inner_residual"] and not upcycled
         outer = mid if cfg["outer_residual"] else 0
         seen[l, 0] = {"logits": say(y_0 + outer if inside else mid)}
@@ -116,9 +121,9 @@ def run_model(cfg, w, ids, edits):
             if upcycled:
                 y = y + w[f"{layer}.mlp.coe_weights.{c - 1}"] * out if c else out
             else:
-                y = y + out if cfg["inner_residual"] else out
-            seen[l, c + 1] = row | {"logits": say(y + outer)}
-        x = y + outer
+                y = y + out if cfg["inner_residual"] or prenorm else out
+            x = mid + (y - y_0) if prenorm else y + outer
+            seen[l, c + 1] = row | {"logits": say(x)}
     return say(x), seen
 
 
@@ -132,7 +137,8 @@ def random_rules(rng, cfg):
         kinds += ["iteration", "expert"] + ["shared"] * bool(cfg["n_shared_experts"])
         if C > 1:
             kinds += ["gate_input", "gate_input"] + ["swap_gates"] * cfg["use_igate"]
-            kinds += ["parallel"] * 2 * bool(cfg["inner_residual"] or cfg.get("upcycled"))
+            kinds += ["parallel"] * 2 * bool(cfg["inner_residual"] or cfg.get("upcycled")
+                                             or cfg.get("prenorm_chain"))
     rules = []
     for _ in range(1 + some(2)):
         kind = kinds[some(len(kinds))]

@@ -88,7 +88,7 @@ static Config random_config(size_t i, bool wide) {
     c.max_position_embeddings = 256;
     c.attention_bias = i % 3 == 2;
     c.tie_word_embeddings = i % 4 == 3;
-    c.generation.bos_token_id = c.generation.eos_token_id = -1;
+    c.generation.bos_token_id = c.generation.eos_token_id[0] = -1;
     config_check(&c, "random_config", FAILED);
     return c;
 }

@@ -725,7 +725,7 @@ static Config small_config(void) {
     Config c;
     keys_init(config_keys, CONFIG_KEYS, &c);
     c.vocab_size = c.hidden_size = 16;
-    c.generation.bos_token_id = c.generation.eos_token_id = -1;
+    c.generation.bos_token_id = c.generation.eos_token_id[0] = -1;
     c.num_hidden_layers = c.num_attention_heads = 1;
     return c;
 }
@@ -813,29 +813,37 @@ static size_t rank(const real *x, size_t n, size_t i) {
     return before_i;
 }
 
-// Compares choose() with what the ranks say.
-static void compare_choice(const real *s, const Config *c, const char *what) {
+// Compares choose() with what the ranks say, of s (E) and a bias (E) or NULL.
+static void compare_choice(const real *s, const real *bias, const Config *c, const char *what) {
     const size_t E = c->n_routed_experts, K = c->num_experts_per_tok;
     const size_t groups = c->topk_method == GREEDY ? 1 : c->n_group, size = E / groups;
-    real allowed[64], best[64], weight[64], left[64];
+    const bool v3 = c->topk_method == NOAUX_TC;
+    real z[64], allowed[64], best[64], weight[64], left[64];
     int expert[64];
     double total = 1e-20;
+    for (size_t e = 0; e < E; e++) z[e] = s[e] + (bias ? bias[e] : 0);
     for (size_t g = 0; g < groups; g++) {
-        best[g] = s[g * size];
+        best[g] = 0;
         for (size_t i = 0; i < size; i++)
-            best[g] = s[g * size + i] > best[g] ? s[g * size + i] : best[g];
+            if (rank(z + g * size, size, i) < (v3 ? 2 : 1)) best[g] += z[g * size + i];
     }
     for (size_t e = 0; e < E; e++)
-        allowed[e] =
-            c->topk_method == GREEDY || rank(best, groups, e / size) < c->topk_group ? s[e] : 0;
-    for (size_t e = 0; e < E; e++) if (rank(allowed, E, e) < K) total += (double)allowed[e];
-    choose(expert, weight, left, s, c);
+        allowed[e] = c->topk_method == GREEDY || rank(best, groups, e / size) < c->topk_group
+                         ? z[e] : v3 ? -INFINITY : 0;
+    for (size_t e = 0; e < E; e++)
+        if (rank(allowed, E, e) < K) total += (double)(bias ? s[e] : allowed[e]);
+    choose(expert, weight, left, s, bias, c);
     int same = 1;
     for (size_t k = 0; k < K; k++) {
-        same &= expert[k] >= 0 && (size_t)expert[k] < E && rank(allowed, E, (size_t)expert[k]) == k;
-        double exact = (double)allowed[expert[k]] *
-                       (c->norm_topk_prob && K > 1 ? 1 / total : c->routed_scaling_factor);
-        same &= fabs((double)weight[k] - exact) <= (double)(K + 3) * EPS * exact;
+        same &= expert[k] >= 0 && (size_t)expert[k] < E;
+        for (size_t j = 0; j < k; j++) same &= expert[j] != expert[k];
+        const size_t place = rank(allowed, E, (size_t)expert[k]);
+        same &= bias ? place < K && (k == 0 || weight[k] <= weight[k - 1]) : place == k;
+        double exact = (double)(bias ? s[expert[k]] : allowed[expert[k]]);
+        const bool shares = c->norm_topk_prob && (K > 1 || v3);
+        if (shares) exact /= total;
+        if (!shares || v3) exact *= c->routed_scaling_factor;
+        same &= fabs((double)weight[k] - exact) <= (double)(K + 4) * EPS * exact;
     }
     check(same, "choose: %s, E %zu, K %zu, groups %zu of %zu", what, E, K, c->topk_group, groups);
 }
@@ -862,25 +870,29 @@ static void test_argmax(void) {
 
 static void test_choose(void) {
     Config c = small_config();
-    real s[64];
-    for (int i = 0; i < 400; i++) {
-        const size_t groups = random_size(1, 6), size = random_size(1, 6), E = groups * size;
-        c.topk_method = i % 2 ? GROUP_LIMITED_GREEDY : GREEDY;
+    real s[64], bias[64];
+    for (int i = 0; i < 900; i++) {
+        const bool v3 = i >= 400;
+        const size_t groups = random_size(1, 6), size = random_size(v3 ? 2 : 1, 6),
+            E = groups * size;
+        c.topk_method = v3 ? NOAUX_TC : i % 2 ? GROUP_LIMITED_GREEDY : GREEDY;
+        c.scoring_func = v3 ? SIGMOID : SOFTMAX;
         c.n_routed_experts = E;
-        c.n_group = i % 2 ? groups : 1;
-        c.topk_group = i % 2 ? random_size(1, groups) : 1;
-        c.num_experts_per_tok = random_size(1, i % 2 ? c.topk_group * size : E);
+        c.n_group = i % 2 || v3 ? groups : 1;
+        c.topk_group = i % 2 || v3 ? random_size(1, groups) : 1;
+        c.num_experts_per_tok = random_size(1, c.topk_group * (E / c.n_group));
         c.norm_topk_prob = i / 2 % 2;
         c.routed_scaling_factor = i % 3 ? 1 : 2.5;
         // Every third time scores have ties; a group that may be chosen always scores something.
         for (size_t e = 0; e < E; e++)
             s[e] = i % 3 ? (real)rng_uniform(&rng) : (real)random_size(1, 3) / 8;
-        compare_choice(s, &c, i % 3 ? "random scores" : "ties");
-        if (i % 50 < 2) {
+        for (size_t e = 0; e < E; e++) bias[e] = (real)random_size(0, 16) / 4 - 2;
+        compare_choice(s, v3 ? bias : NULL, &c, i % 3 ? "random scores" : "ties");
+        if (i % 50 < 2 && !v3) {
             for (size_t e = 0; e < E; e++) s[e] = 0;
-            compare_choice(s, &c, "all scores 0");
+            compare_choice(s, NULL, &c, "all scores 0");
             for (size_t e = 0; e < E; e++) s[e] = 1 / (real)E;
-            compare_choice(s, &c, "all scores equal");
+            compare_choice(s, NULL, &c, "all scores equal");
         }
     }
 }
@@ -1850,16 +1862,23 @@ static void test_keys(void) {
 
 // The bytes of a key's field.
 static size_t field_bytes(const Key *k) {
-    return k->kind == BOOL ? sizeof(bool) : k->kind == WORD ? sizeof(int) : 8;
+    return k->kind == BOOL ? sizeof(bool) : k->kind == WORD ? sizeof(int)
+           : k->kind == IDS ? IDS_BYTES : 8;
 }
 
-// A field lies at the first multiple of its size behind the one before: so the rows of the table
-// are all of Config, in its order, and none is there twice.
+// In the order of their places, a field lies at the first multiple of its size behind the one
+// before: so the rows of the table are all of Config, and none is there twice.
 static void test_key_offsets(void) {
     size_t end = 0;
     for (int i = 0; i < CONFIG_KEYS; i++) {
-        const Key *k = &config_keys[i];
-        const size_t bytes = field_bytes(k), at = (end + bytes - 1) / bytes * bytes;
+        const Key *k = NULL;            // the next one
+        for (int j = 0; j < CONFIG_KEYS; j++)
+            if (config_keys[j].offset >= end && (!k || config_keys[j].offset < k->offset))
+                k = &config_keys[j];
+        if (!k) break;
+        const size_t bytes = field_bytes(k), align = bytes < 8 ? bytes : 8;
+        const bool begins = k->offset == offsetof(Config, generation);  // a struct in it
+        const size_t at = begins ? (end + 7) / 8 * 8 : (end + align - 1) / align * align;
         check(k->offset == at, "%s is at byte %zu of Config, not %zu", k->name, k->offset, at);
         end = at + bytes;
     }

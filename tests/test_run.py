@@ -111,6 +111,8 @@ def tensor_list(c, upcycled):
             for part, rows, cols in (("gate", f * S, d), ("up", f * S, d), ("down", d, f * S)):
                 yield m + f"shared_experts.{part}_proj.weight", S > 0, rows, cols
             yield m + "coe_weights.{}", (C - 1) * upcycled, 1, d
+            corrected = "gate.{}.e_score_correction_bias" if own else "gate.e_score_correction_bias"
+            yield m + corrected, (C if own else 1) * (c["topk_method"] == "noaux_tc"), 1, E
         else:
             for part, rows, cols in (("gate", I, d), ("up", I, d), ("down", d, I)):
                 yield m + f"{part}_proj.weight", 1, rows, cols
@@ -180,7 +182,7 @@ def write_model(path, config, weight, tokenizer=0, upcycled=False, dtype="f32", 
     c |= {"rope." + key: value for key, value in (c.get("rope_scaling") or {}).items()}
     body = b""
     for name, copies, rows, cols in tensor_list(c, upcycled):
-        matrix = not re.search(r"norm|bias|mlp.gate\.|coe_weights", name)
+        matrix = not re.search(r"norm|bias|mlp.gate\.|coe_weights|correction", name)
         for e in range(copies):
             numbers = array("f", weight(name.format(e), rows * cols))
             narrow = numbers.tobytes()
@@ -195,13 +197,17 @@ def write_model(path, config, weight, tokenizer=0, upcycled=False, dtype="f32", 
     for name in SLOTS:
         value = c.get(name)
         if name in WORDS:
-            value = WORDS[name].index(value)
+            value = WORDS[name].index(value) if value in WORDS[name] else 0
         elif value is None:
             value = NULL.get(name, 0)
         slots += struct.pack("<d" if name in REAL else "<q", value)
     data = slots.ljust(1024, b"\0") + section + body
     with open(path, "wb") as f:
         f.write(data if version == 1 else modelbin.build(modelbin.parse(data)))
+    if c["topk_method"] == "noaux_tc":                  # what version 1 did not have
+        change_lines(path, {"topk_method": "noaux_tc", "scoring_func": "sigmoid"})
+    if c.get("prenorm_chain"):
+        change_lines(path, {"prenorm_chain": "true"})
 
 
 def write_golden(name, path, **how):
@@ -209,6 +215,9 @@ def write_golden(name, path, **how):
     folder = os.path.join(GOLDEN, name)
     with open(os.path.join(folder, "config.json")) as f:
         config = json.load(f)
+    if config["model_type"] == "deepseek_v3":
+        config |= {"inner_iter": 1, "inner_residual": False, "outer_residual": True,
+                   "use_igate": False}
     weights = read_safetensors(os.path.join(folder, "model.safetensors"))
     used = set()
 
