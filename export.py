@@ -152,7 +152,8 @@ MODEL_TYPES = COE_TYPE, "deepseek_v2", "deepseek_v3"
 ROUTERS = {COE_TYPE: {"topk_method": "greedy"}, "deepseek_v2": {"topk_method": "greedy"},
            "deepseek_v3": {"topk_method": "noaux_tc", "scoring_func": "sigmoid",
                            "aux_loss_alpha": 0.0}}              # what is not in config.json
-DEEPSEEK = {"inner_iter": 1, "inner_residual": False, "outer_residual": True, "use_igate": False}
+DEEPSEEK = {"inner_iter": 1, "inner_residual": False, "outer_residual": True,
+            "prenorm_chain": False, "use_igate": False}
 
 
 class Config(dict):
@@ -331,6 +332,10 @@ def config_from_json(config, where):
         value = config.get(key.name, ...) if key.file == CONFIG_JSON else ...
         c[key.name] = check(key, value, where)
     check_together(c, where)
+    differs, what = odd_temperature(c)
+    if differs and config["model_type"] == "deepseek_v3":
+        note(f"{where}: warning: of {what} transformers takes neither for the amplitude, here both "
+             "count")
     return c
 
 
@@ -785,19 +790,24 @@ def unknown_to_reference(c):
         c.scoring_func == "sigmoid")
 
 
+def odd_temperature(c):
+    """(Whether transformers has another amplitude of YaRN, of which keys)."""
+    n, all_n = c[ROPE + "mscale"], c[ROPE + "mscale_all_dim"]
+    yarn = c[ROPE + "type"] == "yarn" and c[ROPE + "factor"] > 1
+    return (yarn and not (n and all_n) and (n, all_n) != (1, 0),
+            f"rope_scaling.mscale {n} with mscale_all_dim {all_n}")
+
+
 def warn_of_transformers(c, path, model_type):
     """Names what is part of DeepSeek-V2 or V3, but not of transformers' class of that name."""
     v2 = model_type == "deepseek_v2"
-    n, all_n = c[ROPE + "mscale"], c[ROPE + "mscale_all_dim"]
-    yarn = c[ROPE + "type"] == "yarn" and c[ROPE + "factor"] > 1
     for differs, what in (
             (v2 and c.norm_topk_prob and c.num_experts_per_tok > 1, "norm_topk_prob true"),
             (c.moe_layer_freq > 1, f"moe_layer_freq {c.moe_layer_freq}"),
             (not c.n_shared_experts, "n_shared_experts null"),
             (not c.n_routed_experts, "n_routed_experts null"),
             (c.hidden_size % c.num_attention_heads, "hidden_size no multiple of the heads"),
-            (yarn and not (n and all_n) and (n, all_n) != (1, 0),
-             f"rope_scaling.mscale {n} with mscale_all_dim {all_n}")):
+            odd_temperature(c)):
         if differs:
             note(f"{path}: warning: transformers' Deepseek{model_type[-2:].upper()}ForCausalLM does "
                  f"not know {what}")
@@ -1192,7 +1202,7 @@ def check_computed(config, where):
             die(where, f"{name} is {json.dumps(config[name])[:80]}, must be {json.dumps(must)}")
     known = {key.name for key in CONFIG if key.file == CONFIG_JSON} | FIXED.keys() | IGNORED
     if model_type != COE_TYPE:
-        known -= DEEPSEEK.keys() | {"prenorm_chain"}
+        known -= DEEPSEEK.keys()
     for name in sorted(config.keys() - known):
         note(f"{where}: warning: unknown key {name} is ignored")
 

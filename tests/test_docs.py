@@ -33,6 +33,8 @@ CHANGED = [
     (r"^make test$", "", "would run this test again"),
     (r"^make bench.*|^python3 tests/bench.py --list$", "", "tests/test_bench.py does it"),
     (r"^python3 experiments/grid.py$", r"\g<0> --dry-run", "takes hours"),
+    (r"^python3 experiments/balance.py -o (\S+)$", r"build/python/bin/python experiments/balance.py "
+     r"-o \1 --steps 2 4 -- -b 2 -l 32", "takes minutes"),
     (r"^.* gsm8k-train.txt.*", "", "takes a text that is not here"),
     (r"^\./train --show_val 60 ", "./train --show_val 2 ", "takes a minute"),
     (r"-x 1[05]00\b", "-x 6 --eval_problems 4", "takes minutes"),
@@ -46,7 +48,7 @@ CHANGED = [
 PACKAGES = [(r"^build/python/bin/python export.py ", "safetensors"),
             (r"\bexperiments/tokenizer.py\b|\btok\.bin\b|\bown\.bin\b", "tokenizers"),
             (r"\bhf\b|\bup\.bin\b|\bon\.bin\b|\bbytes\.bin\b|^uv ", "safetensors"),
-            (r"\bshow\.py\b", "pandas"), (r"\bto_wandb\.py\b", "wandb"),
+            (r"\bbalance\.py\b", "matplotlib"), (r"\bshow\.py\b", "pandas"), (r"\bto_wandb\.py\b", "wandb"),
             (r"\bto_tensorboard\.py\b", "tensorboard")]
 
 count = {"passed": 0, "failed": 0, "skipped": 0}

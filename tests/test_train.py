@@ -6,6 +6,7 @@ byte, what happens to the data, and that whatever is wrong ends well.
 
 The last line is "N passed, N failed". Needs nothing but Python.
 """
+import json
 import math
 import os
 import random
@@ -23,6 +24,7 @@ from array import array
 
 sys.dont_write_bytecode = True
 import modelbin
+import test_run
 from test_run import DARK, NO_LIMIT, SPACE, VERSION_1, tokenizer_section, write_tiny
 
 TRAIN = os.path.abspath(sys.argv[1] if len(sys.argv) > 1 else "train")
@@ -262,6 +264,74 @@ def test_contradictions(folder):
     good("the built-in task", *SMALL, "-x", 1, "--eval_problems", 0, "-o", here("task.bin"))
     bad("resumed with data instead", 1, ["--data"], "--resume", here("task.bin"), *data)
     bad("resumed at another level", 2, ["level"], "--resume", here("task.bin"), "--level", 2)
+
+
+# ---- kinds of our own ----------------------------------------------------------------------------
+
+V3 = ["--scoring_func", "sigmoid", "--topk_method", "noaux_tc"]
+
+
+def test_prenorm(folder):
+    """A pre-norm chain of one iteration is a DeepSeek-V2, to the last bit."""
+    here = lambda name: os.path.join(folder, name)
+    data = [*SMALL, "-d", write(here("text"), END.join(documents(40))), "-x", 5, "--inner_iter", 1,
+            "--first_k_dense_replace", 1]
+    for what, more in (("", []), (", sigmoid", V3)):
+        good("DeepSeek-V2", *data, *more, "--inner_residual", "false", "--outer_residual", "true",
+             "-o", here("v2.bin"))
+        good("a pre-norm chain", *data, *more, "--prenorm_chain", "true", "-o", here("pre.bin"))
+        a, b = (modelbin.read(here(name)) for name in ("v2.bin", "pre.bin"))
+        check(f"the same weights and moments{what}", a.weights == b.weights and
+              a.moments == b.moments)
+        check(f"what the file says{what}", (b.config["prenorm_chain"], b.config["inner_residual"]) ==
+              ("true", "false"), b.config)
+    good("a chain of two", *data, "--inner_iter", 2, "--prenorm_chain", "true", "-o", here("c2.bin"))
+    for options, words in ((["--inner_residual", "true"], ["inner_residual"]),
+                           (["--outer_residual", "true"], ["outer_residual"])):
+        bad("two residuals", 2, ["prenorm_chain", *words], *data, "--prenorm_chain", "true", *options)
+    for options in (["--scoring_func", "sigmoid"], ["--topk_method", "noaux_tc"]):
+        bad("half of a router", 2, ["sigmoid", "noaux_tc"], *data, *options)
+    bad("groups of one expert", 2, ["n_group"], *data, *V3, "--n_group", 4, "--topk_group", 4)
+
+
+def test_bias_update(folder):
+    """Correction biases go up and down by the speed, evenly: they balance, and nothing else moves
+    them."""
+    here = lambda name: os.path.join(folder, name)
+    text = ["-d", write(here("text"), END.join(documents(60)))]
+    for gates in ("true", "false"):
+        model = [*SMALL, *V3, *text, "--aux_loss_alpha", 0, "--use_igate", gates, "--weight_decay", 0.5]
+        loads, biases = {}, {}
+        for speed in (0, 0.01):
+            good(f"speed {speed}", *model, "-x", 60, "--bias_update_speed", speed, "--log",
+                 here("log"), "-o", here("a.bin"))
+            with open(here("log")) as f:
+                head, *rows = [line.rstrip("\n").split("\t") for line in f]
+            loads[speed] = sum(float(row[head.index("load_1")]) for row in rows[-20:]) / 20
+            weights = test_run.read_weights(here("a.bin"))
+            c = modelbin.read(here("a.bin")).config
+            c = test_run.DEFAULT | {k: json.loads(v) if re.fullmatch(r"-?\d+|true|false|null", v)
+                                    else v for k, v in c.items()}
+            biases[speed], at = [], 0
+            for name, copies, n, m in test_run.tensor_list(c, False):
+                at += -at % 16 if copies else 0
+                if "correction" in name:
+                    biases[speed] += weights[at:at + copies * n * m]
+                at += copies * n * m
+        check(f"without a speed they stay 0, gates {gates}", biases[0] and not any(biases[0]))
+        steps = [x / 0.01 for x in biases[0.01]]
+        check(f"whole steps, gates {gates}", all(abs(x - round(x)) < 1e-3 for x in steps)
+              and max(steps) > 0 > min(steps), steps)
+        check(f"it balances, gates {gates}", loads[0.01] < loads[0] - 0.1, loads)
+        good("half of it", *model, "-x", 30, "--bias_update_speed", 0.01, "-o", here("b.bin"))
+        good("the rest", *model, "--resume", here("b.bin"), "-x", 60, "-o", here("b.bin"))
+        with open(here("a.bin"), "rb") as a, open(here("b.bin"), "rb") as b:
+            check(f"resumed, the same bytes, gates {gates}", a.read() == b.read())
+        good("two threads", *model, "-x", 60, "--bias_update_speed", 0.01, "--micro_batch_size", 2,
+             "--threads", 2, "-o", here("b.bin"))
+        with open(here("a.bin"), "rb") as a, open(here("b.bin"), "rb") as b:
+            check(f"two threads, gates {gates}", modelbin.parse(a.read()).weights ==
+                  modelbin.parse(b.read()).weights)
 
 
 # ---- the same bytes ------------------------------------------------------------------------------

@@ -17,7 +17,8 @@ sys.dont_write_bytecode = True
 
 import numpy as np
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, DeepseekV2ForCausalLM
+from transformers import (AutoConfig, AutoModelForCausalLM, AutoTokenizer, DeepseekV2ForCausalLM,
+                          DeepseekV3ForCausalLM)
 from transformers.utils.logging import disable_progress_bar
 
 disable_progress_bar()
@@ -104,17 +105,38 @@ NATIVE = {
 }
 
 
+# DeepSeek-V3, whose correction biases a fast update has moved apart.
+SIGMOID = "--scoring_func sigmoid --topk_method noaux_tc --bias_update_speed 0.1 --use_igate false "
+NATIVE_3 = {
+    "V3": SIGMOID,
+    "V3, groups": SIGMOID + "--n_group 4 --topk_group 2 --num_experts_per_tok 3 "
+                            "--norm_topk_prob true --routed_scaling_factor 2.5",
+    "V3, untied, dense first layer, q_lora_rank": SIGMOID + "--tie_word_embeddings false --n_group 2 "
+        "--topk_group 1 --first_k_dense_replace 1 --q_lora_rank 12 --num_hidden_layers 3",
+    "V3, one expert, a router of its own": SIGMOID.replace("use_igate false", "use_igate true")
+        + "--num_experts_per_tok 1 --norm_topk_prob true --prenorm_chain true --outer_residual false",
+    "V3, yarn": [*SIGMOID.split(), *YARN, "--rope_scaling.mscale", "1", "--rope_scaling.mscale_all_dim",
+                 "1"],
+}
+
+
 def split(options):
     return options.split() if isinstance(options, str) else options
 
 
 def test_native():
+    compare_native(NATIVE, "deepseek_v2", DeepseekV2ForCausalLM)
+    compare_native(NATIVE_3, "deepseek_v3", DeepseekV3ForCausalLM)
+
+
+def compare_native(models, model_type, kind):
     worst = 0
-    for name, options in NATIVE.items():
-        model, folder = train("native", *DEEPSEEK, *split(options)), f"{TMP}/{name}"
-        said = export(model, folder, "--model_type", "deepseek_v2")
+    for name, options in models.items():
+        prenorm = ["--inner_iter", "1"] if "--prenorm_chain" in options else DEEPSEEK
+        model, folder = train("native", *prenorm, *split(options)), f"{TMP}/{name}"
+        said = export(model, folder, *["--model_type", model_type] * (kind is DeepseekV2ForCausalLM))
         check(f"{name}: no warning", "warning" not in said, said)
-        theirs, info = DeepseekV2ForCausalLM.from_pretrained(folder, output_loading_info=True)
+        theirs, info = kind.from_pretrained(folder, output_loading_info=True)
         check(f"{name}: every tensor is found and none is left", not any(info.values()), info)
         off = difference(their_logits(theirs), logits_of(model))
         worst = max(worst, off)
@@ -130,14 +152,14 @@ def test_native():
         theirs.save_pretrained(f"{TMP}/saved")                 # and what transformers writes
         said = export(f"{TMP}/saved", f"{TMP}/back.bin")
         check(f"{name}: comes back without a warning", "warning" not in said, said)
-        export(f"{TMP}/back.bin", f"{TMP}/back", "--model_type", "deepseek_v2")
+        export(f"{TMP}/back.bin", f"{TMP}/back", "--model_type", model_type)
         with open(f"{folder}/model.safetensors", "rb") as a, \
                 open(f"{TMP}/back/model.safetensors", "rb") as b:
             check(f"{name}: comes back", a.read() == b.read())
         with open(f"{folder}/config.json") as a, open(f"{TMP}/back/config.json") as b:
             a, b = json.load(a), json.load(b)
         check(f"{name}: config comes back", a == b, {k for k in a if a[k] != b.get(k)})
-    print(f"logits of transformers' DeepSeek-V2, {len(NATIVE)} models: off by {worst:.1e}")
+    print(f"logits of transformers' {kind.__name__}, {len(models)} models: off by {worst:.1e}")
 
 
 def test_bfloat16():
