@@ -132,13 +132,14 @@ static size_t n_gates(const Config *config) { return config->use_igate ? config-
 static size_t gate_of(const Config *config, size_t c) { return config->use_igate ? c : 0; }
 
 // ---- [2] tensors --------------------------------------------------------------------------------
-// This table is the one place that names the tensors of a layer: loading, saving, initialising, the
-// gradients, AdamW and `run -m info` all walk it. A row reads: field, name in a checkpoint, copies,
-// rows, columns, initial values. Copies are matrices of one shape, stored one behind the other: the
-// experts of a layer, or its routers; a %d in the name counts them. A tensor that a model does not
-// have has 0 copies, so that optional parts need no second list. (gate_name, bias_name, gates,
-// biased, moe, corrected and upcycled are locals of weights_layout() in lib/memory.h.) "gate" is a router, as in DeepSeek's
-// names; gate_proj is a part of a feed-forward.
+// This table is the one place that names the tensors of a layer: loading, saving, initialising,
+// the gradients, AdamW and `run -m info` all walk it. A row reads: field, name in a checkpoint,
+// copies, rows, columns, initial values. Copies are matrices of one shape, stored one behind the
+// other: the experts of a layer, or its routers; a %d in the name counts them. A tensor that a
+// model does not have has 0 copies, so that optional parts need no second list. (gate_name,
+// bias_name, gates, biased, moe, corrected and upcycled are locals of weights_layout() in
+// lib/memory.h.) "gate" is a router, as in DeepSeek's names; gate_proj is a part of a
+// feed-forward.
 //
 // Norms, routers, biases and chain weights (GATE, ONES, ZEROS) are float32 in every file; NORMAL
 // are the matrices that a file may hold in a narrower type. The chain weights, coe_weights, are
@@ -488,7 +489,7 @@ static void feed_forward(Mlp w, MlpRows p) {
     linear(p.out, p.act, w.down_proj, w.e, NULL, p.n);
 }
 
-// What a group of n experts is worth, of which x (n) is left to choose from: its best one, or `two`.
+// What a group of n experts is worth, of which x (n) is left to choose from: its best, or `two`.
 static real group_worth(const real *x, size_t n, bool two) {
     const size_t best = argmax(x, n);
     real second = two ? -INFINITY : 0;

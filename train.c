@@ -743,7 +743,8 @@ static void update_biases(Run *run) {
             for (size_t c = 0; c < calls; c++)
                 count += run->chosen[(l * C + c) * E + i];      // c is 0 where i / E is a router's
             const int64_t missing = tokens - count * (int64_t)E;
-            bias->data[i] += (real)(run->recipe.bias_update_speed * ((missing > 0) - (missing < 0)));
+            const double up = (double)((missing > 0) - (missing < 0));
+            bias->data[i] += (real)(up * run->recipe.bias_update_speed);
         }
     }
 }

@@ -92,11 +92,11 @@ static Edits *read_edits(const Settings *set, const Model *m) {
 }
 
 // ---- the lens -----------------------------------------------------------------------------------
-// With c iterations of layer l done, the model would go on with what the next layer gets: y_c, and
-// mid with an outer residual; in a prenorm chain mid + (y_c - y_0). Without a residual inside y_0
-// goes no further: before iteration 0 the lens shows mid alone. The lens puts it through the final norm and lm_head as if the
-// layers ended there. (The final norm is not trained for that: early rows say less than they
-// could.)
+// With c iterations of layer l done, the model would go on with what the next layer gets: y_c,
+// and mid with an outer residual; in a prenorm chain mid + (y_c - y_0). Without a residual
+// inside y_0 goes no further: before iteration 0 the lens shows mid alone. The lens puts it
+// through the final norm and lm_head as if the layers ended there. (The final norm is not
+// trained for that: early rows say less than they could.)
 
 // What is seen of one token with c iterations of a layer done. Not there: NAN, or other_choice -1.
 typedef struct {

@@ -83,10 +83,10 @@ static void tensor_name(char *name, size_t size, const Weights *w, size_t i, siz
 
 // ---- first values -------------------------------------------------------------------------------
 
-// The number of a tensor's random stream. It is that of the tensor in the list, as it was when a
-// layer had 25 of them: so a seed makes the same model as ever. Those that came later are not random.
+// The number of a tensor's random stream: its place in the list as it was when a layer had 24 of
+// them, so that a seed makes the same model as ever. Those that came later are not random.
 static size_t random_stream(const Weights *w, size_t i) {
-    enum { ROWS = 25 };
+    enum { ROWS = 24 };
     const size_t layers = (w->n_tensors - 3) / LAYER_TENSOR_COUNT;
     if (i == 0) return 0;
     if (i >= w->n_tensors - 2) return 1 + layers * ROWS + (i - (w->n_tensors - 2));

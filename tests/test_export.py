@@ -609,6 +609,61 @@ def test_deepseek(tmp):
         bad([f"{tmp}/{name}.bin", f"{tmp}/no", "--model_type", "deepseek_v2"], key, "deepseek_v2")
 
 
+def test_v3(tmp):
+    """A deepseek_v3: what may be missing, what is left out, and what goes out as what."""
+    config, weights = golden("v3-routing")
+    good(f"{GOLDEN}/v3-routing", f"{tmp}/v3.bin")
+    c, found = read_model_bin(f"{tmp}/v3.bin")
+    check((c["scoring_func"], c["topk_method"], c["inner_iter"], c["outer_residual"],
+           c["use_igate"]) == ("sigmoid", "noaux_tc", 1, True, False), f"{c}")
+    missing = {"scoring_func", "topk_method", "aux_loss_alpha", "moe_layer_freq", "rope_interleave"}
+    bare = {key: value for key, value in config.items() if key not in missing}
+    good(checkpoint(f"{tmp}/bare", bare, weights), f"{tmp}/bare.bin")
+    check(read(f"{tmp}/bare.bin") == read(f"{tmp}/v3.bin"), "what is missing is DeepSeek-V3's")
+    more = {name.replace("layers.2", "layers.3"): x for name, x in weights.items() if "layers.2" in name}
+    more |= {"model.layers.3.eh_proj.weight": np.ones((4, 4), np.float32)}
+    line = good(checkpoint(f"{tmp}/mtp", config, weights | more), f"{tmp}/mtp.bin")
+    check("leaves out layer 3, of multi-token prediction" in line and
+          read(f"{tmp}/mtp.bin") == read(f"{tmp}/v3.bin"), line)
+    for change, words in (({"rope_interleave": False}, ["rope_interleave", "true"]),
+                          ({"scoring_func": "softmax"}, ["scoring_func", "sigmoid"]),
+                          ({"topk_method": "greedy"}, ["scoring_func", "softmax"]),
+                          ({"n_group": 12, "topk_group": 12}, ["n_group", "half"]),
+                          ({"n_group": 4, "topk_group": 1, "num_experts_per_tok": 4}, ["topk_group"])):
+        bad([checkpoint(f"{tmp}/x", config | change, weights), f"{tmp}/x.bin"], *words)
+    yarn = {"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16, "mscale": 0.5}
+    line = good(checkpoint(f"{tmp}/x", config | {"rope_scaling": yarn}, weights), f"{tmp}/x.bin")
+    check("warning: of rope_scaling.mscale 0.5 with mscale_all_dim 0" in line, line)
+    for dtype in ("bf16", "q8"):        # the bias stays float32
+        good(f"{GOLDEN}/v3-routing", f"{tmp}/n.bin", "--dtype", dtype)
+        bias = "model.layers.1.mlp.gate.e_score_correction_bias"
+        check(read_model_bin(f"{tmp}/n.bin")[1][bias].tobytes() == weights[bias].tobytes(), dtype)
+    bad([f"{tmp}/v3.bin", f"{tmp}/v2", "--model_type", "deepseek_v2"], "scoring_func is sigmoid")
+    good(f"{GOLDEN}/deepseek-v2", f"{tmp}/v2.bin")
+    bad([f"{tmp}/v2.bin", f"{tmp}/v3", "--model_type", "deepseek_v3"], "scoring_func is softmax")
+    good(f"{tmp}/v3.bin", f"{tmp}/up.bin", "--upcycle", "2")
+    up, tensors = read_model_bin(f"{tmp}/up.bin")
+    check(up["inner_iter"] == 2 and all((tensors[bias.replace("gate.", f"gate.{i}.")] ==
+                                         weights[bias]).all() for i in (0, 1)), "upcycled")
+    line = good(f"{tmp}/up.bin", f"{tmp}/up")
+    check("scoring_func sigmoid is not part of the reference" in line and
+          "auto_map" not in json.loads(read(f"{tmp}/up/config.json")), line)
+    good(f"{tmp}/up", f"{tmp}/back.bin")
+    check(read(f"{tmp}/back.bin") == read(f"{tmp}/up.bin"), "a chain with this router comes back")
+    config, weights = golden("prenorm-chain")
+    good(checkpoint(f"{tmp}/p", {k: v for k, v in config.items() if k != "inner_residual"}, weights),
+         f"{tmp}/p.bin")
+    check(not read_model_bin(f"{tmp}/p.bin")[0]["inner_residual"], "missing is false")
+    for change in ({"inner_residual": True}, {"outer_residual": True}):
+        bad([checkpoint(f"{tmp}/x", config | change, weights), f"{tmp}/x.bin"], "prenorm_chain")
+    bad([f"{tmp}/p.bin", f"{tmp}/v2", "--model_type", "deepseek_v2"], "inner_iter is 2")
+    good(f"{GOLDEN}/prenorm-one", f"{tmp}/one.bin")
+    good(f"{tmp}/one.bin", f"{tmp}/v2", "--model_type", "deepseek_v2")
+    good(f"{tmp}/v2", f"{tmp}/back.bin")
+    c, found = read_model_bin(f"{tmp}/back.bin")
+    check(c["outer_residual"] and not c["prenorm_chain"], "one iteration is a DeepSeek-V2")
+
+
 def test_newer_names(tmp):
     """rope_parameters, rope_type, dtype and fused experts give the same model.bin."""
     source, config, weights = deepseek(tmp)
