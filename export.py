@@ -23,7 +23,7 @@ model.bin, version 2, little-endian; every part and every tensor begins at a mul
     +--------------------+  + files_bytes
     | tokenizer          |  the tables of a byte-level BPE, see [9]; nothing for bytes and none
     +--------------------+  + tokenizer_bytes
-    | weights            |  tensors() of [2]; the experts of a layer are one block, so are its gates;
+    | weights            |  tensors() of [2]; the experts of a layer are one block, its gates, too;
     |                    |  none in a tokenizer alone, whose config has only what concerns texts
     +--------------------+  file_bytes - state_bytes
     | training state     |  belongs to ./train: never written here, never read
@@ -263,8 +263,8 @@ class Checkpoint:
         layer = lambda name: int((re.match(r"model\.layers\.(\d{1,9})\.", name) or [0, -1])[1])
         more = {name for name in self.places if layer(name) >= ours}
         if more and self.config.scoring_func == "sigmoid":
-            note(f"{self.path}: leaves out layer {', '.join(map(str, sorted({*map(layer, more)})))}, "
-                 "of multi-token prediction")
+            layers = ", ".join(map(str, sorted({*map(layer, more)})))
+            note(f"{self.path}: leaves out layer {layers}, of multi-token prediction")
             self.places = {name: self.places[name] for name in self.places.keys() - more}
 
     def read(self, t, copy, rows):
@@ -404,7 +404,8 @@ def write_array(f, array, progress):
 def to_text(key, value):
     """A value as it stands in a line of model.bin's config, which is how ./train's options are
     written: a bare word, true, false, null, or a number with as few digits as read back the same;
-    a text is a JSON string, and several ids are a JSON list. Generation defaults are never null: -1 says that there is none."""
+    a text is a JSON string, and several ids are a JSON list. Generation defaults are never null: -1
+    says that there is none."""
     if key.kind == TEXT:
         return json.dumps(value, ensure_ascii=False)
     value = to_value(key, value)
@@ -715,7 +716,8 @@ def config_to_json(c, model_type):
     out["hidden_act"] = FIXED["hidden_act"]
     if model_type == "deepseek_v3":
         out["rope_interleave"] = True
-    return out | {"attention_dropout": 0.0, "ep_size": 1, "num_key_value_heads": c.num_attention_heads}
+    return out | {"attention_dropout": 0.0, "ep_size": 1,
+                  "num_key_value_heads": c.num_attention_heads}
 
 
 def files_with_defaults(source):
@@ -809,8 +811,8 @@ def warn_of_transformers(c, path, model_type):
             (c.hidden_size % c.num_attention_heads, "hidden_size no multiple of the heads"),
             odd_temperature(c)):
         if differs:
-            note(f"{path}: warning: transformers' Deepseek{model_type[-2:].upper()}ForCausalLM does "
-                 f"not know {what}")
+            kind = f"Deepseek{model_type[-2:].upper()}ForCausalLM"
+            note(f"{path}: warning: transformers' {kind} does not know {what}")
 
 
 # Version 1 had 128 slots of 8 bytes: "COE1" and the version, the four sizes but config_bytes, then
@@ -900,8 +902,8 @@ class Upcycled:
 
 
 class TokenizerAlone:
-    """A source without weights: the tokenizer of a folder, or a tokenizer.json with what lies beside
-    it. Its config has the keys that concern texts."""
+    """A source without weights: the tokenizer of a folder, or a tokenizer.json with what lies
+    beside it. Its config has the keys that concern texts."""
 
     def __init__(self, path):
         folder = path if os.path.isdir(path) else os.path.dirname(path) or "."
@@ -1056,7 +1058,8 @@ def check(key, value, where):
         return key.default
     if key.kind == IDS:
         ids = value if isinstance(value, list) else [value]
-        if len(ids) <= MOST_ENDS and all(type(i) is int and key.least <= i <= key.most for i in ids):
+        fits = all(type(i) is int and key.least <= i <= key.most for i in ids)
+        if fits and len(ids) <= MOST_ENDS:
             return tuple(dict.fromkeys(ids))
     if isinstance(key.kind, tuple):
         if value in key.kind:
@@ -1135,8 +1138,9 @@ def with_old_names(config, where):
                 die(where, f"{ROPE}{name} is missing")
         config |= {ROPE + name: value for name, value in rope.items() if value is not None}
         if rope["type"] == "yarn" and rope.get("original_max_position_embeddings") is None:
-            note(f"{where}: warning: rope_scaling.original_max_position_embeddings is missing: here "
-                 "it is 4096, as in the authors' code; transformers takes max_position_embeddings")
+            note(f"{where}: warning: rope_scaling.original_max_position_embeddings is missing: "
+                 "here it is 4096, as in the authors' code; transformers takes "
+                 "max_position_embeddings")
 
     dtype = str(config.get("torch_dtype") or "float32").removeprefix("torch.")
     config["torch_dtype"] = "float32" if dtype in ("float16", "auto") else dtype
@@ -1179,12 +1183,13 @@ def one_rope(config, where):
         if rope:
             ropes.append(rope)
     if len(ropes) == 2 and ropes[0] != ropes[1]:
-        note(f"{where}: warning: rope_scaling and rope_parameters differ: rope_scaling counts, as in "
-             "transformers")
+        note(f"{where}: warning: rope_scaling and rope_parameters differ: rope_scaling counts, as "
+             "in transformers")
     return ropes[0] if ropes else {}
 
 
-FIXED = {"hidden_act": "silu", "rope_interleave": True, "mlp_bias": False, "quantization_config": None, ROPE + "truncate": True,
+FIXED = {"hidden_act": "silu", "rope_interleave": True, "mlp_bias": False,
+         "quantization_config": None, ROPE + "truncate": True,
          ROPE + "attention_factor": None}                      # the only values that are computed
 IGNORED = set("""model_type architectures auto_map transformers_version _name_or_path use_cache
     pad_token_id ep_size pretraining_tp num_key_value_heads head_dim qk_head_dim
@@ -1196,7 +1201,8 @@ def check_computed(config, where):
     """Refuses a config.json of another model, and warns of keys that are not known."""
     model_type = config.get("model_type")
     if model_type not in MODEL_TYPES:
-        die(where, f"model_type is {json.dumps(model_type)[:80]}, must be {' or '.join(MODEL_TYPES)}")
+        die(where, f"model_type is {json.dumps(model_type)[:80]}, must be "
+            + " or ".join(MODEL_TYPES))
     for name, must in FIXED.items():
         if config.get(name) not in (None, must):
             die(where, f"{name} is {json.dumps(config[name])[:80]}, must be {json.dumps(must)}")
@@ -1247,8 +1253,8 @@ def places_in(path, names):
 
 
 def must_be_whole(f, path):
-    """Refuses an open safetensors file that is shorter than it says, which is what a download leaves
-    that did not end. What else may be wrong with it the library says."""
+    """Refuses an open safetensors file that is shorter than it says, which is what a download that
+    did not end leaves. What else may be wrong with it the library says."""
     size, start = os.fstat(f.fileno()).st_size, 8 + int.from_bytes(f.read(8), "little")
     with contextlib.suppress(ValueError, TypeError, LookupError, AttributeError, RecursionError):
         end = start
@@ -1257,7 +1263,8 @@ def must_be_whole(f, path):
             end += max(value["data_offsets"][1] for name, value in header.items()
                        if name != "__metadata__")
         if 8 < size < end <= 2**62 and start < MOST_HEADER:
-            die(path, f"is {end - size} bytes shorter than its header says: was its download cut off?")
+            die(path, f"is {end - size} bytes shorter than its header says: was its download cut "
+                "off?")
     f.seek(0)
 
 
@@ -1386,8 +1393,8 @@ def snapshot(path):
             die(main, f"names the snapshot {name}, which is not there")
         names = [name]
     if len(names) != 1:
-        die(snapshots, f"has {', '.join(names)[:200] or 'no snapshot'}, and there is no {main} that "
-            "names one: give the folder of one")
+        die(snapshots, f"has {', '.join(names)[:200] or 'no snapshot'}, and there is no {main} "
+            "that names one: give the folder of one")
     note(f"{path}: reads its snapshot {names[0]}")
     return os.path.join(snapshots, names[0])
 
@@ -1564,18 +1571,14 @@ def read_tokenizer(folder, c, alone=False):
         if not found:
             return b""
     with blaming_tokenizer(path):
-        there = [(token["id"], token["content"])[1] for token in found.get("added_tokens", [])]
-        for text in there:
-            must(there.count(text) == 1, "added token {} is there twice", text)
-        found["model"]["vocab"].keys()
+        must_have_tokens(found)
     with blame(settings_path, "its special tokens: "):
         found = with_outside_tokens(found, settings, folder, c.vocab_size)
     ids = {token["content"]: token["id"] for token in found.get("added_tokens", [])}
     ids |= found["model"]["vocab"]
-    for name in ("bos_token", "eos_token"):
-        if alone:
-            c |= {name + "_id": check(KEYS[name + "_id"], ids.get(text_of(settings.get(name))), path)}
-    (ours, _) = byte_tokenizer(c)
+    for name in ("bos_token", "eos_token") if alone else ():
+        c[name + "_id"] = check(KEYS[name + "_id"], ids.get(text_of(settings.get(name))), path)
+    ours, _ = byte_tokenizer(c)
     same = all(found.get(part) == ours[part] for part in ("model", "normalizer", "pre_tokenizer",
                                                           "added_tokens"))
     c["tokenizer"] = "bytes" if same else "bpe"
@@ -1600,6 +1603,16 @@ def blaming_tokenizer(path):
             die(path, e)
         except KeyError as e:
             raise ValueError(f"{e} is missing")
+
+
+def must_have_tokens(found):
+    """Refuses a tokenizer.json without a vocabulary, or with an added token that is there twice."""
+    found["model"]["vocab"].keys()
+    seen = set()
+    for token in found.get("added_tokens", []):
+        content, _ = token["content"], token["id"]
+        must(content not in seen, "added token {} is there twice", content)
+        seen.add(content)
 
 
 def text_of(token):
@@ -1716,15 +1729,17 @@ class Added:
 
     def __init__(self, found):
         self.vocab, self.ids, self.tokens = found["model"]["vocab"], {}, {}
+        self.end = len(self.vocab)      # the first id behind all others
         for token in found.get("added_tokens", []):
             self.ids[token["content"]] = token["id"]
             self.tokens[token["content"]] = {k: v for k, v in token.items() if k != "id"}
+            self.end = max(self.end, token["id"] + 1)
 
     def add(self, token):
         content = token["content"]
-        if content:                     # an id of its own: the first behind all others
-            end = max([len(self.vocab), *(i + 1 for i in self.ids.values())])
-            self.ids.setdefault(content, self.vocab.get(content, end))
+        if content:
+            i = self.ids.setdefault(content, self.vocab.get(content, self.end))
+            self.end = max(self.end, i + 1)
             self.tokens[content] = dict(token)
 
 
@@ -1986,8 +2001,8 @@ def must(ok, what, *values):
 
 
 # ---- [10] chat templates ------------------------------------------------------------------------
-# A chat template is a program in Jinja, which makes the text of a conversation. The C code has pieces
-# of text instead (lib/chat.h): of questions U and answers A, and maybe a system message S,
+# A chat template is a program in Jinja, which makes the text of a conversation. The C code has
+# pieces of text instead (lib/chat.h): of questions U and answers A, and maybe a system message S,
 #
 #     begin U user_assistant A assistant_user U ... U answer      or, with S in front,
 #     system S system_user U user_assistant A ... U answer
@@ -1997,7 +2012,7 @@ def must(ok, what, *values):
 
 PIECES = "begin", "system", "system_user", "user_assistant", "assistant_user", "answer"
 ROLES = "system", "user", "assistant"
-RENDER, SECONDS, MEMORY, MOST_TEXT = "--render-chat", 10, 2**31, 2**20
+RENDER, SECONDS, MEMORY, MOST_TEXT = "--render-chat", 10, 2**31, 2**16
 WORDS = {role: [f"{role}Xq{i}z" for i in range(5)] for role in ROLES}
 ODD = {"system": ["\n\tbe brief. \n "],                        # texts on which templates differ
        "user": ["  what?\n\n", "\u00a0and\x1cthen\n", "\n 1\t", "x", " no\r\n"],
@@ -2084,8 +2099,8 @@ def unrolled(texts):
         system = " with a system message" * (probe[0]["role"] == "system")
         raise ValueError(f"does more than put texts around messages (seen at {turns} "
                          f"question{'s' * (turns > 1)}{kind}{system})")
-    if any("\0" in piece for piece in pieces.values()):
-        raise ValueError("makes NUL characters")
+    if any("\0" in piece or re.search("[\ud800-\udfff]", piece) for piece in pieces.values()):
+        raise ValueError("makes NUL, or halves of characters")
     return pieces
 
 
@@ -2110,7 +2125,8 @@ def joined(pieces, messages):
 
 def render(template, names):
     """What a template makes of PROBES, a list of texts, None where it refuses. The template may do
-    anything, so it runs in a process of its own that ends in any case. ValueError: why it failed."""
+    anything, so it runs in a process of its own that ends in any case. ValueError says why there
+    are no texts."""
     try:
         done = subprocess.run([sys.executable, os.path.abspath(__file__), RENDER],
                               input=json.dumps([template, names]).encode(), timeout=SECONDS,

@@ -229,6 +229,8 @@ REFUSED = {
     "memory": ("{{ 'a' * 99999999999 }}", "cannot be run"),
     "much text": ("{{ 'a' * 9999999 }}", "characters"),
     "a large power": ("{{ 9 ** (9 ** 9) }}", "takes more than"),
+    "NUL": (CHATML + "{{ '\\x00' }}", "makes NUL"),
+    "half a character": (CHATML + "{{ '\\ud800' }}", "halves of characters"),
     "recursion": ("{% macro m() %}{{ m() }}{% endmacro %}{{ m() }}", "cannot be run"),
     "no list": ("{{ messages | tojson }}", "messages"),
 }
