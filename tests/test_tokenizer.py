@@ -654,6 +654,7 @@ def test_families(tmp, run):
 
 def test_files(tmp, run):
     """Tokenizers from elsewhere, each with the tokenizer_config.json beside it."""
+    from tokenizers import Tokenizer
     for i, file in enumerate(FILES):
         text = read(file).decode()
         settings = json.loads(read(os.path.join(os.path.dirname(file), "tokenizer_config.json")))
@@ -665,9 +666,9 @@ def test_files(tmp, run):
                             bos_token_id=ids[bos], eos_token_id=ids[eos])
         good(folder, f"{tmp}/{i}.bin")
         lines = tables(f"{tmp}/{i}.bin")["lines"]
+        with_bos = Tokenizer.from_file(file).encode("a").ids[0] == ids[bos]
         check((lines["add_bos_token"] == "true", lines["chat_template"] == "deepseek_v2") == (
-            settings.get("add_bos_token", False),
-            "'User: '" in settings.get("chat_template", "")), file)
+            with_bos, "'User: '" in settings.get("chat_template", "")), f"{file}: {lines}")
         ends = [bos, "", "User: hi\n\nAssistant: ", "<｜User｜>"]
         texts = [text + ends[i % 4] for i, text in enumerate(TEXTS)]
         against_library(run, file, f"{tmp}/{i}.bin", text, texts, eos)

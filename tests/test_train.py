@@ -898,8 +898,8 @@ def test_damaged_state(folder):
         ["2", "16", "null", "2", "2", "0"], model.recipe)
     for name, right in model.recipe.items():
         for value in (-1, 2**62, "x", "1e999", "", right + " ", '"', '"\\x"', '"\\ud800"', None):
-            later = ("packing", "completion_only_loss", "completion_marker", "best_val_loss",
-                     "problem", "pending")
+            later = ("bias_update_speed", "packing", "completion_only_loss", "completion_marker",
+                     "best_val_loss", "problem", "pending")
             if (name in ("warmup_steps", "best_val_loss", "problem") and value == -1    # is null
                     or name in later and value is None          # these need not be there
                     or name == "best_val_loss" and value == 2**62):
