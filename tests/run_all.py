@@ -266,6 +266,7 @@ def main():
     start = time.monotonic()
     with ThreadPoolExecutor(2) as pool:
         built = build_all(pool)
+        of_packages = list(python_groups())     # makes build/venv, which the others use, too
         check_contents()
         check_house()
         groups = [(f"build/{name}", [f"build/{name}", *args]) for name, *args in (
@@ -282,7 +283,7 @@ def main():
                                         "tests/test_docs.py"]))
         groups.append(("test_experiments.py", [python_with("matplotlib") or sys.executable,
                                                "tests/test_experiments.py", "./train", "./run"]))
-        list(pool.map(run_tests, [*python_groups(), *groups]))
+        list(pool.map(run_tests, [*of_packages, *groups]))
     print(f"{time.monotonic() - start:.0f} s")
     print("{passed} passed, {failed} failed, {skipped} skipped".format(**total))
     return total["failed"] > 0

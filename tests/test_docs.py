@@ -47,7 +47,8 @@ CHANGED = [
 # What is left out where a Python package is missing: (pattern, package).
 PACKAGES = [(r"^build/python/bin/python export.py ", "safetensors"),
             (r"\bexperiments/tokenizer.py\b|\btok\.bin\b|\bown\.bin\b", "tokenizers"),
-            (r"\bhf\b|\bup\.bin\b|\bon\.bin\b|\bbytes\.bin\b|^uv ", "safetensors"),
+            (r"\bhf\b|\bup\.bin\b|\bon\.bin\b|\bbytes\.bin\b|\bds\.bin\b|^uv ",
+             "safetensors"),
             (r"\bbalance\.py\b", "matplotlib"), (r"\bshow\.py\b", "pandas"), (r"\bto_wandb\.py\b", "wandb"),
             (r"\bto_tensorboard\.py\b", "tensorboard")]
 
