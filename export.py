@@ -2014,9 +2014,11 @@ PIECES = "begin", "system", "system_user", "user_assistant", "assistant_user", "
 ROLES = "system", "user", "assistant"
 RENDER, SECONDS, MEMORY, MOST_TEXT = "--render-chat", 10, 2**31, 2**16
 WORDS = {role: [f"{role}Xq{i}z" for i in range(5)] for role in ROLES}
-ODD = {"system": ["\n\tbe brief. \n "],                        # texts on which templates differ
-       "user": ["  what?\n\n", "\u00a0and\x1cthen\n", "\n 1\t", "x", " no\r\n"],
-       "assistant": [" that \n", "<think>\nhm\n</think>\n\n so", "", "\t- a\n- b\n\n", "y"]}
+ODD = {"system": ["\n\tbe  brief.\n\n<b> & \u00e9 \n "],         # texts on which templates differ
+       "user": ["  what  now?\n\n", "\u00a0and\x1cthen\n", "\n 1\t", "<b>&\"{{y}}'\\n %} \u00e9",
+                " no\r\n"],
+       "assistant": [" that \n", "<think>\nhm\n</think>\n\n so", "", "\t- a\n\n- b  c\n\n",
+                     "&<y>\u00e9"]}
 
 
 def conversation(turns, system, texts):
