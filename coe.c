@@ -497,10 +497,11 @@ static real group_worth(const real *x, size_t n, bool two) {
     return x[best] + second;
 }
 
-// Whether the weights of the chosen are their shares of a sum; by what they are multiplied too.
+// Whether the weights of the chosen experts of a token are divided by their sum.
 static bool normalises(const Config *c) {
     return c->norm_topk_prob && (c->num_experts_per_tok > 1 || c->scoring_func == SIGMOID);
 }
+// What the weights of the chosen are multiplied by: DeepSeek-V2 scales only what it did not divide.
 static real weight_factor(const Config *c) {
     return c->scoring_func == SOFTMAX && normalises(c) ? 1 : (real)c->routed_scaling_factor;
 }

@@ -2118,9 +2118,9 @@ def joined(pieces, messages):
     text, before = "", None
     for message in messages:
         role, content = message["role"], message["content"]
-        between = {"system": "system", "assistant": "user_assistant",
-                   "user": {None: "begin", "system": "system_user"}.get(before, "assistant_user")}
-        text += pieces[between[role]] + (content.strip() if role in pieces["trim"] else content)
+        piece = {"system": "system", "assistant": "user_assistant",
+                 "user": {None: "begin", "system": "system_user"}.get(before, "assistant_user")}
+        text += pieces[piece[role]] + (content.strip() if role in pieces["trim"] else content)
         before = role
     return text + pieces["answer"]
 

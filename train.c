@@ -730,7 +730,8 @@ static void update_weights(Run *run, double clip) {
 
 // DeepSeek-V3's balancing: after a step the correction bias of each expert goes up by
 // bias_update_speed where the expert got fewer tokens than the mean of all, and down where it got
-// more. A router that all iterations share counts the tokens of all.
+// more. chosen is (L, C, E) and a layer's biases (routers, E): with a router for each iteration, i
+// runs through (C, E) itself and c stays 0; a router that all iterations share sums over c.
 static void update_biases(Run *run) {
     const Config *config = &run->model.config;
     LETTERS(config);
@@ -741,7 +742,7 @@ static void update_biases(Run *run) {
         for (size_t i = 0; i < tensor_size(bias); i++) {
             int64_t count = 0;
             for (size_t c = 0; c < calls; c++)
-                count += run->chosen[(l * C + c) * E + i];      // c is 0 where i / E is a router's
+                count += run->chosen[(l * C + c) * E + i];
             const int64_t missing = tokens - count * (int64_t)E;
             const double up = (double)((missing > 0) - (missing < 0));
             bias->data[i] += (real)(up * run->recipe.bias_update_speed);
