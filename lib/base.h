@@ -4,8 +4,8 @@
 // for what goes wrong while running, 2 for wrong usage. Nothing here tries to survive a failed
 // allocation: there is nothing sensible that a program whose model does not fit could go on with.
 //
-// Contents: precision, errors, sizes and memory, threads, functions that take most of the time,
-// clock, random numbers, the standard files.
+// Contents: precision, errors, sizes and memory, clocks, threads, a busy machine,
+// sharing out work, functions that take most of the time, random numbers, the standard files.
 #ifndef BASE_H
 #define BASE_H
 #define COE_VERSION "1.0"
@@ -57,6 +57,15 @@ static _Noreturn void fail(int code, const char *format, ...) {
     fputc('\n', stderr);
     exit(code);
 }
+
+// Whether one of these is a terminal, on which a line can be redrawn or dimmed.
+#ifdef _WIN32
+static int stderr_is_terminal(void) { return 0; }
+static int stdout_is_terminal(void) { return 0; }
+#else
+static int stderr_is_terminal(void) { return isatty(2); }
+static int stdout_is_terminal(void) { return isatty(1); }
+#endif
 
 // What is to be done when a signal ends the program, or NULL.
 static void (*on_sudden_end)(void);
@@ -125,11 +134,30 @@ static void *take(Arena *arena, size_t n, size_t size) {
     return p;
 }
 
+// ---- clocks -------------------------------------------------------------------------------------
+
+// Seconds from some fixed point.
+static double clock_seconds(clockid_t clock) {
+    struct timespec t;
+    clock_gettime(clock, &t);
+    return (double)t.tv_sec + 1e-9 * (double)t.tv_nsec;
+}
+
+// On a clock that nobody can set back.
+static double seconds(void) { return clock_seconds(CLOCK_MONOTONIC); }
+
 // ---- threads ------------------------------------------------------------------------------------
-// Two macros share out work, SHARED and TASKS below. Threads share out results, never the terms of
-// one sum: so any number of them computes the same bits.
 
 enum { MOST_THREADS = 1024 };
+
+static struct {
+    int all, working;           // threads that there are, and that are at work
+    bool watched;               // whether `working` follows what others leave, see below
+    double start, cpu;          // when the present stretch of time began, and processor time then
+    double inside, begin;       // how much of it was spent in loops, and when the last one began
+    double pause, again;        // how long to wait before all try again, and when that is
+    bool said;
+} team;
 
 #ifdef _OPENMP
 // Whether several threads are at work here already.
@@ -137,39 +165,117 @@ static int at_work(void) { return omp_in_parallel(); }
 // The number of the running thread, from 0, and how many are in its team.
 static int thread_id(void) { return omp_get_thread_num(); }
 static int team_size(void) { return omp_get_num_threads(); }
-// The most threads that there can be, for memory that each of them needs.
-static int thread_count(void) {
-    const int most = omp_get_max_threads();
-    return most > team_size() ? most : team_size();
-}
+// How many were asked for, and cores for them.
+static int wanted_threads(void) { return omp_get_max_threads(); }
+static int cores(void) { return omp_get_num_procs(); }
 #else
-static int at_work(void)      { return 0; }
-static int thread_id(void)    { return 0; }
-static int team_size(void)    { return 1; }
-static int thread_count(void) { return 1; }
+static int at_work(void)        { return 0; }
+static int thread_id(void)      { return 0; }
+static int team_size(void)      { return 1; }
+static int wanted_threads(void) { return 1; }
+static int cores(void)          { return 1; }
 #endif
 
 // Uses n threads; with 0 as many as OMP_NUM_THREADS says, or where that makes no sense the machine.
 static void set_threads(size_t n) {
+    if (!n) n = (size_t)wanted_threads();
+    const int most = cores() < MOST_THREADS ? cores() : MOST_THREADS;
+    team.all = team.working = n >= 1 && n <= MOST_THREADS ? (int)n : most;
+    team.watched = team.all > 1 && team.all <= cores() && !getenv("OMP_WAIT_POLICY") &&
+                   !getenv("GOMP_SPINCOUNT") && !getenv("KMP_BLOCKTIME");
 #ifdef _OPENMP
-    if (!n) n = (size_t)omp_get_max_threads();
-    const int all = omp_get_num_procs() < MOST_THREADS ? omp_get_num_procs() : MOST_THREADS;
-    omp_set_num_threads(n >= 1 && n <= MOST_THREADS ? (int)n : all);
+    omp_set_num_threads(team.all);
 #else
-    (void)n;
+    team.all = team.working = 1;
 #endif
 }
 
+// The most threads that there can be, for memory that each of them needs.
+static int thread_count(void) {
+    if (!team.all) set_threads(0);
+    return team.all;
+}
+
+// ---- a busy machine -----------------------------------------------------------------------------
+// Threads wait for each other at the end of every loop that they share. Where other programs want
+// the same cores, one of them is held up for milliseconds again and again while the rest wait, and
+// two threads can be ten times slower than one. It shows: a thread that waits goes round in a loop
+// for some time before it sleeps (unless the environment says otherwise), so that on an idle
+// machine the processor time of a team is the time that passed times its threads. What is missing
+// was taken by others. Then fewer threads work, and all of them try again after a pause, which
+// becomes longer each time that this fails.
+
+static const double STRETCH = 0.02, LONGEST_PAUSE = 10, WORTH_A_LINE = 0.5;     // seconds
+#ifdef _OPENMP
+static double cpu_seconds(void) { return clock_seconds(CLOCK_PROCESS_CPUTIME_ID); }
+
+// Begins another stretch of time.
+static void watch(double now) { team.start = now, team.cpu = cpu_seconds(), team.inside = 0; }
+
+// Lets all threads try again. The stretch that ends says what the others cost: a line, if it lasts.
+static void try_all_threads(double now) {
+    if (team.pause > WORTH_A_LINE && !team.said) {
+        team.said = true;
+        fprintf(stderr, "%s%s: other programs keep this machine busy: %d of %d threads work%s, and "
+                "it takes %.1f times as long as it would alone\n",
+                stderr_is_terminal() ? "\n" : "", program, team.working, team.all,
+                team.working == 1 ? "s" : "",
+                team.all * (now - team.start) / (cpu_seconds() - team.cpu));
+    }
+    team.working = team.all;
+    watch(now);
+}
+
+// Where a loop on all threads begins, and where it ends.
+static void team_begins(void) {
+    if (!team.watched) return;
+    team.begin = seconds();
+    if (team.working < team.all && team.begin >= team.again) try_all_threads(team.begin);
+}
+static void team_ends(void) {
+    if (!team.watched) return;
+    const double now = seconds(), stretch = now - team.start;
+    team.inside += now - team.begin;
+    if (stretch < STRETCH) return;
+    const double own = cpu_seconds() - team.cpu, outside = stretch - team.inside;
+    const double taken = (team.working * team.inside + outside - own) / stretch;    // cores
+    if (taken > 0.4 && team.inside > 0.75 * stretch) {
+        const int left = team.working - (int)(2 * taken + 0.5);     // two who share have half each
+        team.working = left > 1 ? left : 1;
+        team.again = now + team.pause;
+        team.pause = 2 * team.pause < LONGEST_PAUSE ? 2 * team.pause : LONGEST_PAUSE;
+    } else if (team.working == team.all) {
+        team.pause = STRETCH;
+    }
+    watch(now);
+}
+#else
+static void try_all_threads(double now) { (void)now; }
+static void team_begins(void) {}
+static void team_ends(void) {}
+#endif
+
+// ---- sharing out work ---------------------------------------------------------------------------
+// Two macros do it, SHARED and TASKS. Threads share out results, never the terms of one sum: so any
+// number of them computes the same bits.
+
 // Whether work of this many operations repays waking the other threads, which takes a few
 // microseconds. Where all are at work already it does not.
-static int worth_threads(size_t operations) { return operations > 20000 && !at_work(); }
+static int worth_threads(size_t operations) {
+    if (operations <= 20000 || thread_count() == 1 || at_work()) return 0;
+    if (team.working == 1 && seconds() >= team.again) try_all_threads(seconds());
+    return team.working > 1;
+}
 
 // SHARED(operations, for (...) { ... }) is that loop, whose rounds are independent and about
 // equally long, on all threads if that is worth it. If not, the loop does not reach the pragma:
 // OpenMP would make a team of one thread, which takes longer than a small loop.
 #define SHARED(operations, ...) \
-    if (worth_threads(operations)) { _Pragma("omp parallel for") __VA_ARGS__ } \
-    else { __VA_ARGS__ }
+    if (worth_threads(operations)) { \
+        team_begins(); \
+        _Pragma("omp parallel for num_threads(team.working)") __VA_ARGS__ \
+        team_ends(); \
+    } else { __VA_ARGS__ }
 
 // TASKS(operations, task, count, { ... }) runs the block for every `task` below count, on all
 // threads if that is worth it, each thread taking one task after another: for tasks that are long,
@@ -177,8 +283,10 @@ static int worth_threads(size_t operations) { return operations > 20000 && !at_w
 #define TASKS(operations, task, count, ...) \
     if (worth_threads(operations)) { \
         Work work_ = { .tasks = (count) }; \
-        _Pragma("omp parallel") \
+        team_begins(); \
+        _Pragma("omp parallel num_threads(team.working)") \
         for (size_t task; (task = next_task(&work_)) < work_.tasks; ) __VA_ARGS__ \
+        team_ends(); \
     } else { \
         for (size_t task = 0; task < (count); task++) __VA_ARGS__ \
     }
@@ -228,15 +336,6 @@ static size_t next_task(Work *w) {
 #define INLINE static inline __attribute__((always_inline))
 #endif
 
-// ---- clock --------------------------------------------------------------------------------------
-
-// Seconds from some fixed point, on a clock that nobody can set back.
-static double seconds(void) {
-    struct timespec t;
-    clock_gettime(CLOCK_MONOTONIC, &t);
-    return (double)t.tv_sec + 1e-9 * (double)t.tv_nsec;
-}
-
 // ---- random numbers -----------------------------------------------------------------------------
 // splitmix64 (Steele, Lea, Flood 2014). Its state is a counter, so a stream can start anywhere: any
 // number is as good a seed as any other.
@@ -279,15 +378,6 @@ static void flush_stdout(void) {
     if (fflush(stdout) || ferror(stdout))
         fail(FAILED, "stdout: cannot be written: %s", strerror(errno));
 }
-
-// Whether one of them is a terminal, on which a line can be redrawn or dimmed.
-#ifdef _WIN32
-static int stderr_is_terminal(void) { return 0; }
-static int stdout_is_terminal(void) { return 0; }
-#else
-static int stderr_is_terminal(void) { return isatty(2); }
-static int stdout_is_terminal(void) { return isatty(1); }
-#endif
 
 enum { DECIMAL_TEXT = 400 };        // enough for the largest double with all its digits
 // x with 9 significant digits, never with an exponent, for tables and logs. Returns `text`.
