@@ -2,6 +2,8 @@
 # make demo       train a small Chain-of-Experts on word problems, then ask it one
 # make test       everything that can be tested on this machine
 # make bench      measure speed against what the machine can do: see the top of tests/bench.py
+# make fuzz       random inputs for five minutes: see the top of tests/fuzz/run.sh
+# make clean      removes what was built; make distclean a demo that was trained, too
 # make figures    draws the README's figures, after training the demo if there is none yet
 # make lab        puts the demo into lab/, as the repository has it
 # make plain      run-plain and train-plain, which compute with the plain loops printed in coe.c [4]
@@ -9,44 +11,63 @@
 # make debug      run-debug and train-debug, with the address and undefined-behaviour sanitizers
 # make plain-debug  the plain loops for a debugger: not optimised, one thread, with the sanitizers
 
-# -O3 unrolls and vectorises; -march=native uses the widest vectors this machine has (make ARCH=
-# builds for any machine of the kind, and is up to two times slower). Never -ffast-math: it would let
-# the compiler reorder sums, and results would depend on how. -fno-math-errno only says that nobody
-# asks errno about sqrt, which may then be a vector instruction.
+# -O3 unrolls and vectorises; ARCH uses the widest vectors this machine has (make ARCH= builds for
+# any machine of the kind, and is up to two times slower). Never -ffast-math: it would let the
+# compiler reorder sums, and results would depend on how. -fno-math-errno only says that nobody asks
+# errno about sqrt, which may then be a vector instruction.
 CFLAGS ?= -O3 -fno-math-errno
-ARCH   ?= -march=native
 # Each program uses a part of coe.c, and a compiler without OpenMP does not know its pragmas.
 WARN    = -Wall -Wextra -Wno-unused-function -Wno-unknown-pragmas
 PYTHON ?= python3
 PEER_PYTHON ?= $(PYTHON)
+LIBS    = -lm $(if $(filter Windows_NT,$(OS)),-lpthread)
 
-# OpenMP where the compiler has it (make OPENMP= goes without).
-OPENMP ?= $(shell echo 'int main(void){return 0;}' | $(CC) -fopenmp -x c - -o /dev/null 2>/dev/null && echo -fopenmp)
+# The first of some flags that the compiler takes, or nothing.
+first_of = $(shell for flags in $(1); do echo 'int main(void) { return 0; }' | \
+    $(CC) $$flags -x c - -o /dev/null 2>/dev/null && echo "$$flags" && break; done)
+ifeq ($(origin ARCH),undefined)
+ARCH := $(call first_of,-march=native -mcpu=native)
+endif
+# OpenMP where the compiler has it (make OPENMP= goes without). macOS has it from Homebrew.
+ifeq ($(origin OPENMP),undefined)
+BREW   := $(if $(filter Darwin,$(shell uname)),$(shell brew --prefix libomp 2>/dev/null))
+OPENMP := $(call first_of,-fopenmp "-Xpreprocessor -fopenmp -I$(BREW)/include -L$(BREW)/lib -lomp")
+endif
+ONE_THREAD = one thread: no OpenMP (macOS: brew install libomp; \
+             Debian or WSL: apt install gcc, or libomp-dev for clang)
 SERIAL  = $(CC) $(WARN) $(CFLAGS) $(ARCH)
 BUILD   = $(SERIAL) $(OPENMP)
 SANITIZE = $(CC) $(WARN) -O1 -g -fsanitize=address,undefined -fno-sanitize-recover=undefined
-SOURCES = coe.c $(wildcard lib/*.h)
+SOURCES = coe.c $(wildcard lib/*.h) build/compiler
 
 all: run train
-	@echo "built run and train with $(CC), $(if $(OPENMP),OpenMP,one thread: no OpenMP)"
+	@echo "built run and train with $(CC), $(if $(OPENMP),OpenMP,$(ONE_THREAD))"
 
 run: run.c $(SOURCES)
-	$(BUILD) -o $@ run.c -lm
+	$(BUILD) -o $@ run.c $(LIBS)
 
 train: train.c $(SOURCES)
-	$(BUILD) -o $@ train.c -lm
+	$(BUILD) -o $@ train.c $(LIBS)
+
+# How things were compiled: with another compiler, or other flags, they are compiled anew.
+build/compiler: FORCE
+	@mkdir -p build
+	@$(CC) --version >/dev/null 2>&1 || { echo "no C compiler $(CC): install gcc or clang" \
+	    "(Debian, WSL: apt install gcc; macOS: xcode-select --install)"; exit 1; }
+	@echo '$(BUILD)' | cmp -s - $@ || echo '$(BUILD)' > $@
+FORCE:
 
 plain: run-plain train-plain
 %-plain: %.c $(SOURCES)
-	$(BUILD) -DPLAIN -o $@ $< -lm
+	$(BUILD) -DPLAIN -o $@ $< $(LIBS)
 
 debug: run-debug train-debug
 %-debug: %.c $(SOURCES)
-	$(SANITIZE) $(OPENMP) -o $@ $< -lm
+	$(SANITIZE) $(OPENMP) -o $@ $< $(LIBS)
 
 plain-debug: run-plain-debug train-plain-debug
 %-plain-debug: %.c $(SOURCES)
-	$(SANITIZE) -O0 -DPLAIN -o $@ $< -lm
+	$(SANITIZE) -O0 -DPLAIN -o $@ $< $(LIBS)
 
 # Every #include "..." is replaced, the first time, by what it includes.
 SINGLE = awk 'function emit(file,   line, part) { \
@@ -66,7 +87,7 @@ demo: run train
 	@echo 'Now ask it:  ./run demo.bin -t 0 -i "question: Mia had 20 figs and lost 7. How many are left?"'
 
 # The demo as it is in the repository, a quarter of the size, and its log.
-lab: demo.bin
+lab: demo.bin has-python
 	$(PYTHON) -m venv build/python
 	build/python/bin/pip install -q --disable-pip-version-check -r tests/requirements.txt
 	build/python/bin/python export.py demo.bin lab/demo.bin --dtype q8
@@ -101,20 +122,31 @@ build/figures/ready: tests/requirements-figures.txt
 	build/figures/bin/pip install -q --disable-pip-version-check -r $<
 	touch $@
 
-test: run train
+test: run train has-python
 	CC="$(CC)" SERIAL="$(SERIAL)" BUILD="$(BUILD)" SANITIZE="$(SANITIZE)" $(PYTHON) tests/run_all.py
 
-bench bench-quick: run train build/bench
+# For tests/run_all.py without make.
+print-flags:
+	@echo 'CC=$(CC)'; echo 'SERIAL=$(SERIAL)'; echo 'BUILD=$(BUILD)'; echo 'SANITIZE=$(SANITIZE)'
+has-python:
+	@$(PYTHON) --version >/dev/null 2>&1 || { echo "needs Python 3 (no program $(PYTHON) here):" \
+	    "Debian, WSL: apt install python3 python3-venv; macOS: brew install python"; exit 1; }
+
+bench bench-quick: run train build/bench has-python
 	$(PYTHON) tests/bench.py $(if $(findstring quick,$@),--quick) $(if $(ONLY),--only "$(ONLY)") \
 		$(if $(TSV),--tsv "$(TSV)") $(if $(PEER),--peer "$(PEER)" --peer_python "$(PEER_PYTHON)")
 
 build/bench: tests/bench.c train.c $(SOURCES)
 	@mkdir -p build
-	$(BUILD) -o $@ $< -lm
+	$(BUILD) -o $@ $< $(LIBS)
 
+# A trained demo stays; distclean takes it, too.
 PROGRAMS = run train
 clean:
-	rm -f $(PROGRAMS) $(PROGRAMS:=-plain) $(PROGRAMS:=-debug) $(PROGRAMS:=-plain-debug) demo.bin demo.tsv
+	rm -f $(PROGRAMS) $(PROGRAMS:=-plain) $(PROGRAMS:=-debug) $(PROGRAMS:=-plain-debug)
 	rm -rf build
+distclean: clean
+	rm -f demo.bin demo.tsv
 
-.PHONY: all plain debug plain-debug single demo lab figures test bench bench-quick clean
+.PHONY: FORCE all plain debug plain-debug single demo lab figures test print-flags has-python fuzz \
+        bench bench-quick clean distclean

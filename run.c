@@ -195,7 +195,7 @@ static Sampler sampler_new(const Run *run) {
     const Config *c = &run->model.config;
     const Settings *set = &run->set;
     struct timespec now;
-    timespec_get(&now, TIME_UTC);
+    clock_gettime(CLOCK_REALTIME, &now);
     const uint64_t clock_seed = (uint64_t)now.tv_sec * 1000000 + (uint64_t)now.tv_nsec / 1000;
     Sampler s = {
         .temperature = resolve(run, "temp", c->generation.temperature),
@@ -292,6 +292,12 @@ static void print_prompt(const Run *run) {
     fputc('\n', stderr);
 }
 
+// How many tokens to write at most: with -1 more than any context holds.
+static size_t most_new_tokens(const Run *run) {
+    const int64_t n = run->set.n_predict;
+    return n < 0 || n > INT32_MAX ? INT32_MAX : (size_t)n;
+}
+
 // Continues the prompt token by token.
 static void generate(Run *run) {
     const size_t prompt = run->n_tokens, limit = context_limit(run);
@@ -299,7 +305,7 @@ static void generate(Run *run) {
         fail(FAILED, "the prompt is %zu tokens long, the context holds %zu (--ctx-size, at most "
              "max_position_embeddings %zu)", prompt, limit,
              run->model.config.max_position_embeddings);
-    const size_t most = run->set.n_predict < 0 ? SIZE_MAX : prompt + (size_t)run->set.n_predict;
+    const size_t most = prompt + most_new_tokens(run);
     make_room_to_write(run, min_size(most, limit));
     Writer w = writer_new(run);
     print_prompt(run);
@@ -441,9 +447,7 @@ enum { CHAT_CONTEXT = 4096 };       // tokens, unless --ctx-size says otherwise
 static int add_line(Text *t) {
     const size_t before = t->n;
     int c;
-#ifndef _WIN32
     if (isatty(0)) fputs("> ", stderr);
-#endif
     while ((c = getchar()) != EOF && c != '\n') {
         const char byte = (char)c;
         add_text(t, &byte, 1);
@@ -474,8 +478,8 @@ static int *forget(const Run *run, Chat *chat, size_t most, size_t *n) {
 // too long; it is taken out of the conversation then.
 static size_t ask(Run *run, Chat *chat, size_t n_run) {
     const size_t from = chat->from;
-    size_t answer = run->context / 4, n, whole;       // answer: what should be left for it
-    if (run->set.n_predict >= 0) answer = min_size(answer, (size_t)run->set.n_predict);
+    const size_t answer = min_size(run->context / 4, most_new_tokens(run));  // what to leave for it
+    size_t n, whole;
     int *ids = chat_ids(&run->model, chat, &whole);
     n = whole;
     if (from < chat->n - 1 && whole + answer + 1 > run->context) {
@@ -529,7 +533,7 @@ static void chat(Run *run) {
         memset(w.seen, 0, c->vocab_size);
         for (size_t i = 0; i < n; i++) w.seen[run->tokens[i]] = 1;
         read_on(run, from, n);
-        size_t end = n + (set->n_predict < 0 ? room : min_size(room, (size_t)set->n_predict));
+        size_t end = n + min_size(room, most_new_tokens(run));
         end = write_on(run, &w, n, end);
         end_line(&w);
         if (interrupted) exit(INTERRUPTED);

@@ -12,10 +12,18 @@
 #ifndef _XOPEN_SOURCE
 #define _XOPEN_SOURCE 700               // POSIX of 2008, and realpath()
 #endif
+#ifndef _FILE_OFFSET_BITS
+#define _FILE_OFFSET_BITS 64            // files beyond 2 GB, where long has 32 bits
+#endif
+#if defined(__FAST_MATH__) || (defined(__FINITE_MATH_ONLY__) && __FINITE_MATH_ONLY__)
+#error "compile without -ffast-math (or -Ofast): sums would change, and NaN would go unnoticed"
+#endif
+#if defined(__i386__) && !defined(__SSE2__) && !defined(__clang__)
+#pragma GCC target("sse2,fpmath=sse")   // floats that are floats, not parts of longer ones
+#endif
 #include <ctype.h>      // isspace
 #include <errno.h>
 #include <math.h>
-#include <signal.h>
 #include <stdarg.h>
 #include <stdbool.h>
 #include <stddef.h>     // offsetof
@@ -23,12 +31,18 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
-#include <time.h>
-#ifndef _WIN32
-#include <fcntl.h>
 #include <sys/stat.h>
-#include <unistd.h>
+#include <time.h>
+#if !defined(_WIN32) && !defined(__wasi__)
+#define POSIX           // files with links, locks and modes; mapped files; all signals
 #endif
+#ifdef __wasi__         // WebAssembly knows no signals
+typedef int sig_atomic_t;
+#else
+#include <signal.h>
+#endif
+#include <fcntl.h>
+#include <unistd.h>
 #ifdef _OPENMP
 #include <omp.h>
 #endif
@@ -59,34 +73,29 @@ static _Noreturn void fail(int code, const char *format, ...) {
 }
 
 // Whether one of these is a terminal, on which a line can be redrawn or dimmed.
-#ifdef _WIN32
-static int stderr_is_terminal(void) { return 0; }
-static int stdout_is_terminal(void) { return 0; }
-#else
 static int stderr_is_terminal(void) { return isatty(2); }
 static int stdout_is_terminal(void) { return isatty(1); }
-#endif
 
 // What is to be done when a signal ends the program, or NULL.
 static void (*on_sudden_end)(void);
 
 // Prints a text on stderr, from a signal handler, in which little else than write() is allowed.
 static void say(const char *text) {
-#ifdef _WIN32
-    (void)text;
-#else
-    if (*text && write(2, text, strlen(text)) < 0) return;
-#endif
+    if (*text && write(2, text, (unsigned)strlen(text)) < 0) return;
 }
 
 // ---- sizes and memory ---------------------------------------------------------------------------
+
+// The file, or what else, whose sizes are worked with.
+static const char *whose_sizes = "the model";
 
 // a * b. Every size in this project passes through here or through checked_add: a product that
 // wraps around would be a small allocation followed by large writes.
 static size_t checked_mul(size_t a, size_t b) {
     size_t c;
     if (__builtin_mul_overflow(a, b, &c))
-        fail(FAILED, "sizes too large: %zu x %zu does not fit %zu bits", a, b, 8 * sizeof c);
+        fail(FAILED, "%s: sizes too large: %zu x %zu does not fit %zu bits", whose_sizes, a, b,
+             8 * sizeof c);
     return c;
 }
 
@@ -94,7 +103,8 @@ static size_t checked_mul(size_t a, size_t b) {
 static size_t checked_add(size_t a, size_t b) {
     size_t c;
     if (__builtin_add_overflow(a, b, &c))
-        fail(FAILED, "sizes too large: %zu + %zu does not fit %zu bits", a, b, 8 * sizeof c);
+        fail(FAILED, "%s: sizes too large: %zu + %zu does not fit %zu bits", whose_sizes, a, b,
+             8 * sizeof c);
     return c;
 }
 
@@ -362,7 +372,7 @@ static double rng_normal(uint64_t *state) {
 // A closed stdin, stdout or stderr would leave its number to the next file that is opened, and what
 // is meant for it would end up there. So /dev/null stands in, and writing to it fails.
 static void occupy_standard_files(void) {
-#ifndef _WIN32
+#ifdef POSIX
     int file = open("/dev/null", O_RDONLY);
     while (file >= 0 && file < 3) file = open("/dev/null", O_RDONLY);
     if (file >= 0) close(file);

@@ -502,7 +502,7 @@ static void spread(real *to, const real *x, size_t n, size_t P) {
 
 // y (n, out) = x (n, in) w (out, in)^T, or += with `add`, for one row, or n <= FEW with a w of a
 // narrow type: every number of w is used n times only, so what counts is reading it in order.
-enum { FEW_COLS = 4096 };
+enum { FEW_COLS = 1024 };
 static void few_rows(real *y, size_t ldy, const real *x, size_t ldx, Matrix w,
                      size_t n, size_t in, size_t out, int add) {
     real ready[FEW * FEW_COLS];

@@ -23,7 +23,7 @@
 // Contents: checksum, lines, reading files, version 1, the header, opening a model, writing.
 #ifndef MODELFILE_H
 #define MODELFILE_H
-#ifndef _WIN32
+#ifdef POSIX
 #include <sys/mman.h>
 #endif
 
@@ -223,28 +223,23 @@ static void read_floats(real *to, size_t n, FILE *file, const char *path) {
 // Opens a regular file and tells its size. Directories and pipes open too on some systems, hence
 // the checks.
 static FILE *open_regular(const char *path, uint64_t *bytes) {
-    errno = 0;
-#ifndef _WIN32
     struct stat info = { 0 };   // asked for before fopen, which would wait for a pipe's other end
+    errno = 0;
     if (!stat(path, &info) && !S_ISREG(info.st_mode))
         fail(FAILED, "%s: is %s, must be a regular file",
              path, S_ISDIR(info.st_mode) ? "a directory" : "a device or pipe");
-#endif
     FILE *file = fopen(path, "rb");
     if (!file) fail(FAILED, "%s: cannot be opened: %s", path, strerror(errno));
-#ifndef _WIN32
     if (fstat(fileno(file), &info))
         fail(FAILED, "%s: cannot be examined: %s", path, strerror(errno));
     *bytes = (uint64_t)info.st_size;
-#else
-    _fseeki64(file, 0, SEEK_END);
-    *bytes = (uint64_t)_ftelli64(file);
-    rewind(file);
-#endif
+    if (*bytes > SIZE_MAX)
+        fail(FAILED, "%s: has %.1f GB, must have less than %.1f GB for a program of %zu bits",
+             path, (double)*bytes / 1e9, (double)SIZE_MAX / 1e9, 8 * sizeof(size_t));
     return file;
 }
 
-#ifndef _WIN32
+#ifdef POSIX
 static const char *mapped_path;         // the file that was mapped last
 
 // A mapped file that another program cuts short raises SIGBUS where the missing page is touched.
@@ -258,11 +253,7 @@ static void on_sigbus(int signal_number) {
 
 // Moves a file to byte `at` from its beginning.
 static void seek_to(FILE *file, uint64_t at, const char *path) {
-#ifdef _WIN32
-    const int bad = _fseeki64(file, (long long)at, SEEK_SET);
-#else
     const int bad = fseeko(file, (off_t)at, SEEK_SET);
-#endif
     if (bad) fail(FAILED, "%s: has no byte %llu: %s", path, (unsigned long long)at,
                   strerror(errno));
 }
@@ -489,6 +480,7 @@ static Model model_open(const char *path, enum Opening how, FILE **state, Header
     Header h = { 0 };
     uint64_t bytes;
     FILE *file = open_regular(path, &bytes);
+    whose_sizes = path;
     errno = 0;
     read_header(&m, &h, path, file, bytes);
     if (h.weight_type == NO_WEIGHTS && how != TOKENIZER)
@@ -502,7 +494,7 @@ static Model model_open(const char *path, enum Opening how, FILE **state, Header
     read_exactly(m.files, before_weights, file, path);
     m.tokenizer = tokenizer_new(h.tokenizer, m.files + m.files_bytes, (size_t)h.tokenizer_bytes,
                                 path, m.config.vocab_size);
-#ifndef _WIN32
+#ifdef POSIX
     if (how != READ_CHECKED && sizeof(real) == sizeof(float)) {
         m.map_bytes = (size_t)bytes;
         m.map = mmap(NULL, m.map_bytes, PROT_READ, MAP_PRIVATE, fileno(file), 0);
@@ -526,7 +518,7 @@ static Model model_open(const char *path, enum Opening how, FILE **state, Header
 
 // Gives back the memory of a model, or its mapping; m is empty then.
 static void model_free(Model *m) {
-#ifndef _WIN32
+#ifdef POSIX
     if (m->map) munmap(m->map, m->map_bytes); else
 #endif
     release(m->weights);

@@ -10,10 +10,7 @@
 // has left, and removes it. (export.py does likewise, with folders.)
 #ifndef OUTPUT_H
 #define OUTPUT_H
-#include <sys/stat.h>
-#ifdef _WIN32
-#include <io.h>         // unlink
-#else
+#ifdef POSIX
 #include <dirent.h>
 #include <sys/statvfs.h>
 #endif
@@ -71,9 +68,9 @@ static bool is_special(const char *path) {
 
 // Where a path leads through folders and links, also where nothing is yet; the caller releases it.
 static char *where_to(const char *path) {
-    const char *name;
     char *now = joined(path, "", "");
-#ifndef _WIN32
+#ifdef POSIX
+    const char *name;
     char target[4096];
     ssize_t n;
     for (int links = 0; links < 40 && (n = readlink(now, target, sizeof target - 1)) > 0; links++) {
@@ -122,7 +119,7 @@ static void check_files(const FileUse *use, size_t n) {
 }
 
 // ---- locks --------------------------------------------------------------------------------------
-#ifndef _WIN32
+#ifdef POSIX
 
 // Creates or opens a file and locks it until it is closed or the process ends. Returns -1 where it
 // cannot be opened, or -2 where a living process, *holder, has it. Where the file system knows no
@@ -169,7 +166,7 @@ static void sweep(const char *target) {
 // where files cannot be locked, as on some network file systems, and where the disk has no room for
 // `bytes` more.
 static void claim(const char *path, double bytes) {
-#ifndef _WIN32
+#ifdef POSIX
     const char *rest;
     char *target = where_to(path), *name = joined(target, ".lock", "");
     char *folder = folder_of(target, &rest);
@@ -199,7 +196,7 @@ static void claim(const char *path, double bytes) {
 // Creates the file of the other name, of the mode that the file has, or that a new one gets.
 static FILE *create(Output *o) {
     o->temporary = allocate(strlen(o->target) + 32, "a file name");
-#ifdef _WIN32
+#ifndef POSIX
     snprintf(o->temporary, strlen(o->target) + 32, "%s.tmp", o->target);
     remember(o->temporary, false);
     return fopen(o->temporary, "wb");
@@ -239,7 +236,7 @@ static void output_open(Output *o, const char *path, bool special) {
 // Has the system write down the name of a file that was renamed. Some file systems refuse, and need
 // not.
 static void sync_folder(const char *path) {
-#ifndef _WIN32
+#ifdef POSIX
     const char *name;
     char *folder = folder_of(path, &name);
     const int directory = open(folder, O_RDONLY);
@@ -262,7 +259,7 @@ static void output_done(Output *o) {
 static void output_close(Output *o) {
     if (!o->file) return;
     bool bad = ferror(o->file) | fflush(o->file);
-#ifndef _WIN32
+#ifdef POSIX
     if (o->temporary) bad |= fsync(fileno(o->file)) != 0;
     if (!bad && o->temporary) bad = rename(o->temporary, o->target) != 0;
     bad |= fclose(o->file) != 0;                    // with that the lock ends
@@ -288,6 +285,9 @@ static void output_abandon(Output *o) {
 static volatile sig_atomic_t interrupted;
 static const char *on_interrupt_say = "";           // what the first one answers, at once
 
+#ifdef __wasi__
+static void catch_interrupts(bool wake) { (void)wake; }
+#else
 // Control-C and the like: the work stops at the next good moment; the second one ends the program.
 static void on_interrupt(int signal_number) {
     if (interrupted) {
@@ -302,11 +302,7 @@ static void on_interrupt(int signal_number) {
 // Has SIGINT, SIGTERM and SIGHUP set `interrupted`; SIGHUP not where it is ignored, as under nohup.
 // `wake`: they end a wait for input, too, where signal() would have some systems go on waiting.
 static void catch_interrupts(bool wake) {
-#ifdef _WIN32
-    (void)wake;
-    signal(SIGINT, on_interrupt);
-    signal(SIGTERM, on_interrupt);
-#else
+#ifdef POSIX
     static const int numbers[] = { SIGINT, SIGTERM, SIGHUP };
     const struct sigaction action = { .sa_handler = on_interrupt,
                                       .sa_flags = wake ? 0 : SA_RESTART };
@@ -315,6 +311,11 @@ static void catch_interrupts(bool wake) {
         if (numbers[i] != SIGHUP || (!sigaction(SIGHUP, NULL, &before) &&
                                      before.sa_handler != SIG_IGN))
             sigaction(numbers[i], &action, NULL);
+#else
+    (void)wake;
+    signal(SIGINT, on_interrupt);
+    signal(SIGTERM, on_interrupt);
 #endif
 }
+#endif
 #endif // OUTPUT_H

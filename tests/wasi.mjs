@@ -1,0 +1,9 @@
+// Runs a WebAssembly program as a command: node tests/wasi.mjs PROGRAM.wasm ARGUMENT...
+// It sees all files, by absolute paths.
+import { readFile } from "node:fs/promises";
+import { WASI } from "node:wasi";
+
+const [program, ...args] = process.argv.slice(2);
+const wasi = new WASI({ version: "preview1", args: [program, ...args], preopens: { "/": "/" } });
+const module = await WebAssembly.compile(await readFile(program));
+process.exitCode = wasi.start(await WebAssembly.instantiate(module, wasi.getImportObject()));
