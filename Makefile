@@ -2,7 +2,7 @@
 # make demo       train a small Chain-of-Experts on word problems, then ask it one
 # make test       everything that can be tested on this machine
 # make bench      measure speed against what the machine can do: see the top of tests/bench.py
-# make fuzz       random inputs for five minutes: see the top of tests/fuzz/run.sh
+# make fuzz       random inputs, for 20 seconds a target: see the top of tests/fuzz/run.py
 # make clean      removes what was built; make distclean a demo that was trained, too
 # make figures    draws the README's figures, after training the demo if there is none yet
 # make lab        puts the demo into lab/, as the repository has it
@@ -135,6 +135,9 @@ has-python:
 bench bench-quick: run train build/bench has-python
 	$(PYTHON) tests/bench.py $(if $(findstring quick,$@),--quick) $(if $(ONLY),--only "$(ONLY)") \
 		$(if $(TSV),--tsv "$(TSV)") $(if $(PEER),--peer "$(PEER)" --peer_python "$(PEER_PYTHON)")
+
+fuzz: has-python
+	$(PYTHON) tests/fuzz/run.py
 
 build/bench: tests/bench.c train.c $(SOURCES)
 	@mkdir -p build

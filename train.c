@@ -905,7 +905,7 @@ static int train(Run *run) {
         if (due(job->save_steps, s, last) || interrupted) save_checkpoint(run);
     }
     if (job->profile && profiled) print_profile(profiled);
-    if (log) fclose(log);
+    if (log && fclose(log)) fail(FAILED, "%s: cannot be written: %s", job->log, strerror(errno));
     if (run->step < r->max_steps || (interrupted && isnan(run->val_loss))) {
         fprintf(stderr, "train: interrupted after step %lld; ./train --resume %s%s%s goes on\n",
                 (long long)run->step, job->output, *job->data ? " -d " : "", job->data);

@@ -416,10 +416,10 @@ static size_t likeness(const char *wrong, size_t length, const char *name) {
 // the option that takes what stands alone.
 static _Noreturn void unknown_option(const Options *tables, size_t n_tables, const char *arg,
                                      const char *text) {
-    const char *best = NULL, *name = arg + 1 + (arg[1] == '-');
     const Options *table;
     if (arg[0] != '-')
         fail(WRONG_USAGE, "%.60s: is no option; did you mean --%s \"%.60s\"?", arg, text, arg);
+    const char *best = NULL, *name = arg + 1 + (arg[1] == '-');
     if (arg[1] != '-' && arg[1] && find_key(tables, n_tables, arg + 1, 1, &table))
         fail(WRONG_USAGE, "%s: unknown option; did you mean -%c %s?", arg, arg[1], arg + 2);
     for (size_t t = 0, most = 0; t < n_tables; t++)

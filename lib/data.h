@@ -48,8 +48,8 @@ static Stream split_stream(Stream *s, int eos, bool sequential) {
         for (cut = s->n - 1; cut > 0; cut--)    // back to the EOS before the last `left` documents
             if (s->tokens[cut - 1] == eos && --left == 0) break;
     }
-    const Stream val = { s->tokens + cut, s->counts ? s->counts + cut : NULL, s->n - cut,
-                         s->documents / 20 };
+    Stream val = { s->tokens + cut, s->counts ? s->counts + cut : NULL, s->n - cut, 0 };
+    for (size_t i = cut; i < s->n; i++) val.documents += s->tokens[i] == eos;
     if (s->documents / 20 || !sequential) s->n = cut;
     return val;
 }

@@ -498,7 +498,9 @@ static Model model_open(const char *path, enum Opening how, FILE **state, Header
     if (how != READ_CHECKED && sizeof(real) == sizeof(float)) {
         m.map_bytes = (size_t)bytes;
         m.map = mmap(NULL, m.map_bytes, PROT_READ, MAP_PRIVATE, fileno(file), 0);
-        if (m.map == MAP_FAILED) fail(FAILED, "%s: cannot be mapped: %s", path, strerror(errno));
+        if (m.map == MAP_FAILED)
+            fail(FAILED, "%s: %.1f MB cannot be mapped: %s", path, (double)bytes / 1e6,
+                 strerror(errno));
         mapped_path = path;
         signal(SIGBUS, on_sigbus);
         m.weights = (real *)(void *)((char *)m.map + at + before_weights);

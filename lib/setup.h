@@ -331,11 +331,14 @@ static void check_memory(const Run *run, size_t rows) {
 static void skip_problems(Run *run, const Progress *resumed) {
     Data *data = &run->data;
     const uint64_t samples = (uint64_t)run->step * run->recipe.batch_size;
+    const double start = seconds();
     if (!run->recipe.packing) data->problem = samples;
     else if (run->step && resumed->problem >= 0)
         go_to_problem(data, (uint64_t)resumed->problem, resumed->pending);
-    else for (uint64_t i = 0; i < samples; i++)
+    else for (uint64_t i = 0; i < samples; i++) {
+        show_part("problems that were seen before", (size_t)i, (size_t)samples, start);
         next_made_sample(run->inputs, run->targets, data);
+    }
 }
 
 // Memory for everything that training needs, the weights of a new model among it, and the place in
@@ -411,8 +414,6 @@ static void settle(Run *run, const Options tables[TABLES], Progress *resumed) {
     if (*job->init && *job->resume)
         fail(WRONG_USAGE, "--init and --resume: only one of them can be given");
     check_run_files(job);
-    if (!*run->recipe.completion_marker)
-        fail(WRONG_USAGE, "--completion_marker is \"\", must be a text of one byte or more");
     if (*job->data) apply_preset(tables, text_recipe);
     apply_preset(tables, *job->init ? paper_recipe : presets[job->model]);
     if (job->model == PAPER && !*job->init) apply_preset(tables, paper_recipe);
@@ -424,6 +425,8 @@ static void settle(Run *run, const Options tables[TABLES], Progress *resumed) {
     } else {
         fresh_model(run, &tables[CONFIG_TABLE]);
     }
+    if (!*run->recipe.completion_marker)
+        fail(WRONG_USAGE, "--completion_marker is \"\", must be a text of one byte or more");
     const size_t longest = run->model.config.max_position_embeddings;
     if (run->recipe.max_length > longest)
         fail(WRONG_USAGE, "--max_length is %zu, must be 2..%zu (max_position_embeddings)",

@@ -4,12 +4,13 @@
     python3 tests/run_all.py [-v]               -v prints what tests say when they pass, too
     python3 tests/run_all.py --fault N          the tests of one fault alone, by tests/faults.py
     python3 tests/run_all.py --fault N --list   prints them, a line "tests/FILE: test name" each
+    python3 tests/run_all.py NAME...            some tests by name, as test_chat or test_ops
 
 The last line is "N passed, N failed, N skipped". Python's standard library and a C compiler are
 enough; what more is there is used: pip, to set up numpy and safetensors for the tests of export.py
 in build/venv, PyTorch, to compare everything with an independent implementation, matplotlib, and
-a Chromium, in which the page of experiments/viewer.py is tried. The Makefile
-hands over how it compiles; without it these are the same commands with their defaults.
+a Chromium, in which the page of experiments/viewer.py is tried. How things are compiled is what the
+Makefile says.
 """
 import glob
 import os
@@ -23,18 +24,23 @@ from concurrent.futures import ThreadPoolExecutor
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 os.chdir(ROOT)
-CC = os.environ.get("CC", "cc")
-WARN = "-Wall -Wextra -Wno-unused-function -Wno-unknown-pragmas"
-SERIAL = os.environ.get("SERIAL", f"{CC} {WARN} -O3 -fno-math-errno -march=native")   # no OpenMP
-BUILD = os.environ.get("BUILD", SERIAL)
-SANITIZE = os.environ.get("SANITIZE", f"{CC} {WARN} -O1 -g -fsanitize=address,undefined "
-                                      "-fno-sanitize-recover=undefined")
+sys.dont_write_bytecode = True
+sys.path.insert(0, "tests")
+from faults import FAULTS
+
+if "BUILD" not in os.environ:           # then the Makefile was not asked
+    flags = subprocess.run(["make", "-s", "print-flags"], stdout=subprocess.PIPE, text=True,
+                           check=True)
+    os.environ.update(line.split("=", 1) for line in flags.stdout.splitlines())
+CC, SERIAL, BUILD, SANITIZE = map(os.environ.get, ("CC", "SERIAL", "BUILD", "SANITIZE"))
 CONFIGS = int(os.environ.get("ORACLE_CONFIGS", "4"))   # random models to compare with PyTorch
 
 # Threads that wait must not keep others from working: two tests run at a time.
 os.environ["OMP_WAIT_POLICY"] = "passive"
 os.environ["PYTHONDONTWRITEBYTECODE"] = "1"
 os.environ["ASAN_OPTIONS"] = "detect_leaks=0"           # a program that ends gives all back
+
+MOST_FAULTS = 105       # numbers of inputs and faults, see tests/faults.py
 
 total = {"passed": 0, "failed": 0, "skipped": 0}
 verbose = "-v" in sys.argv[1:]
@@ -113,6 +119,7 @@ def has_sanitizers():
 
 def build(what):
     output, compiler, sources = what
+    print(f"compiling build/{output}", flush=True)
     command = [*shlex.split(compiler), "-o", "build/" + output, *sources.split()]
     code, text, _ = call(command + ([] if output.endswith(".o") else ["-lm"]))
     return output, code, f"{' '.join(command)}\n{text}" if text else ""
@@ -184,6 +191,21 @@ def check_house():
     report("the house: sizes, places, columns", tests - len(wrong), len(wrong), text="\n".join(wrong))
 
 
+def check_faults():
+    """Every number of tests/faults.py has tests, and these are functions of their files."""
+    wrong, found = [], {}
+    for number in sorted({*FAULTS, *range(1, MOST_FAULTS + 1)}):
+        if not 1 <= number <= MOST_FAULTS or not FAULTS.get(number):
+            wrong.append(f"there is no fault, or no test of fault {number}")
+        for file, names in FAULTS.get(number, []):
+            if file not in found:
+                with open(f"tests/{file}") as f:
+                    found[file] = {*re.findall(r"^def (test_\w+)\(", f.read(), re.M)}
+            wrong += [f"fault {number}: tests/{file} has no test {name}"
+                      for name in names.split() or ["at all"] if name not in found[file]]
+    report("faults", len(FAULTS) - len(wrong), len(wrong), text="\n".join(wrong))
+
+
 # ---- Python packages -----------------------------------------------------------------------------
 
 VENV = os.path.join("build", "venv", "bin", "python")
@@ -236,39 +258,58 @@ def python_groups():
             "--configs", str((CONFIGS + half - 1) // 2), "--seed", str(half)]
 
 
-def run_fault(number, only_list):
-    """Runs the tests of a fault, or lists them. Returns the exit code."""
-    sys.path.insert(0, "tests")
-    from faults import FAULTS
-    tests = FAULTS.get(number, [])
+def run_some(tests, only_list):
+    """Runs tests [(file, names of its functions)], or lists them. Returns the exit code."""
     for file, names in tests:
         for name in names.split():
-            print(f"tests/{file}: {name}")
-    if not tests:
-        print(f"there is no test of fault {number}", file=sys.stderr)
+            print(f"tests/{file}: {name}", flush=True)
     if only_list or not tests:
         return not tests
     python = python_with(*EXPORT) or sys.executable
     programs = {"test_run.py": ["./run"], "test_tokenizer.py": ["./run"], "test_export.py": [],
-                "test_files.py": ["./train", "./run"]}
+                "test_files.py": ["./train", "./run"], "test_failing.py": ["./train", "./run"]}
+    if any(file == "test_train.py" and "test_threads" in names for file, names in tests):
+        build(("train-serial", SERIAL, "train.c"))          # threads, and a program without any
+        programs["test_train.py"] = ["./train", "build/train-serial"]
     for file, names in tests:
         os.environ["ONLY"] = names
-        run_tests((file, [python, f"tests/{file}", *programs.get(file, ["./train"])]))
+        if file.endswith(".py"):
+            command = [python, f"tests/{file}", *programs.get(file, ["./train"])]
+        else:
+            _, _, problem = build(next(b for b in builds() if b[0] == file))
+            command = [f"build/{file}", *(["5"] if file == "test_model_debug" else [])]
+            print(problem, end="")
+        run_tests((file, command))
     print("{passed} passed, {failed} failed, {skipped} skipped".format(**total))
     return total["failed"] > 0
 
 
+def tests_named(names):
+    """The tests of these names: functions of Python files, or C programs."""
+    found = [(output, output) for output, _, _ in builds() if output in names]
+    for path in sorted(glob.glob("tests/test_*.py")):
+        with open(path) as f:
+            mine = [x for x in re.findall(r"^def (test_\w+)\(", f.read(), re.M) if x in names]
+        if mine:
+            found.append((os.path.basename(path), " ".join(mine)))
+    return found
+
+
 def main():
     os.makedirs("build", exist_ok=True)
-    if "--fault" in sys.argv[1:-1]:
-        number = sys.argv[sys.argv.index("--fault") + 1]
-        return run_fault(int(number) if number.isdecimal() else number, "--list" in sys.argv)
+    names = [word for word in sys.argv[1:] if not word.startswith("-")]
+    if names:
+        tests = FAULTS.get(int(names[0]), []) if "--fault" in sys.argv else tests_named(names)
+        if not tests:
+            print(f"there is no test {' '.join(names)}", file=sys.stderr)
+        return run_some(tests, "--list" in sys.argv)
     start = time.monotonic()
     with ThreadPoolExecutor(2) as pool:
         built = build_all(pool)
         of_packages = list(python_groups())     # makes build/venv, which the others use, too
         check_contents()
         check_house()
+        check_faults()
         groups = [(f"build/{name}", [f"build/{name}", *args]) for name, *args in (
             ("test_model_debug", "5"), ("test_ops_debug",), ("test_grad",), ("test_ops",),
             ("test_ops_double",), ("test_model",), ("test_model_double",)) if name in built]
@@ -276,7 +317,8 @@ def main():
             report("sanitizers", 0, 0, 2, text=f"not with this compiler: {SANITIZE}")
         for name, *args in (("test_train", "./train", "build/train-serial"), ("test_run", "./run"),
                             ("test_golden", "./train", "build/dump_grads"),
-                            ("test_files", "./train", "./run"), ("test_task", "./train"),
+                            ("test_files", "./train", "./run"),
+                            ("test_failing", "./train", "./run"), ("test_task", "./train"),
                             ("test_bench", "./train", "./run", "build/bench")):
             groups.append((name + ".py", [sys.executable, f"tests/{name}.py", *args]))
         groups.append(("test_docs.py", [python_with(*EXPORT) or sys.executable,

@@ -326,6 +326,28 @@ def test_refusals(tmp, run):
         bad(args, "tokenizer.json", "JSON" if text[0] in "[n" else "is not a tokenizer.json")
 
 
+def test_merges(tmp, run):
+    """Merges as "a b" and as ["a", "b"] are the same, and what is there twice is refused."""
+    pairs = [["a", "b"], ["Ġ", "ab"], ["1", "2"]]
+    sections, texts = [], ["ab ab12", " abc"]
+    for form, merges in (("list", pairs), ("text", [" ".join(pair) for pair in pairs])):
+        t = tokenizer_json("gpt-2", pairs)
+        t["model"]["merges"] = merges
+        folder, path = checkpoint(f"{tmp}/{form}", t), f"{tmp}/{form}.bin"
+        good(folder, path)
+        sections.append((tables(path)["section"], tokenize(run, path, texts)))
+    vocab = t["model"]["vocab"]
+    check(sections[0] == sections[1], "both forms of merges")
+    check(sections[0][1][0] == [vocab[x] for x in ("ab", "Ġab", "12")], f"merged: {sections[0][1]}")
+    text = json.dumps(t)
+    for what, token in (("of the same id", f'"ab": {vocab["ab"]}'), ("of two ids", '"ab": 300')):
+        write(f"{folder}/tokenizer.json", text.replace('"vocab": {', f'"vocab": {{{token}, ', 1))
+        bad([folder, f"{tmp}/twice.bin"], "tokenizer.json", "twice")
+    model = t["model"] | {"merges": [*merges, "ab 12"]}
+    write(f"{folder}/tokenizer.json", t | {"model": model})
+    bad([folder, f"{tmp}/unknown.bin"], "tokenizer.json", '"ab 12"', 'token "ab12"')
+
+
 def test_settings(tmp, run):
     """The other files: who gets BOS, which chat it is, and that all of them travel."""
     t = tokenizer_json("llama-3", [("a", "b")])
@@ -714,7 +736,7 @@ def main():
         return print("\n".join(textwrap.wrap(table, 100)))
     if len(args) != 1 and args[1:2] != ["--library"] or len(args) == 2:
         sys.exit(__doc__)
-    tests = [test_stored, test_refusals, test_bombs, test_settings]
+    tests = [test_stored, test_refusals, test_merges, test_bombs, test_settings]
     if len(args) > 2:
         FILES, TEXTS = args[3:], corpus(args[2])
         tests += [test_unicode, test_nfc, test_regexes, test_families, test_files]

@@ -252,7 +252,8 @@ def test_contradictions(folder):
     for option, value in (("hidden_size", 24), ("inner_iter", 3), ("use_igate", "false"),
                           ("rope_scaling.type", "linear"), ("batch_size", 3), ("max_length", 17),
                           ("micro_batch_size", 1), ("learning_rate", 0.5), ("seed", 2),
-                          ("weight_decay", 0), ("lr_scheduler", "cosine"), ("aux_loss_alpha", 1)):
+                          ("weight_decay", 0), ("lr_scheduler", "cosine"), ("aux_loss_alpha", 1),
+                          ("completion_marker", "Answer:")):
         bad(f"resumed with another {option}", 2, [option, here("a.bin")], *resume, *data,
             f"--{option}", value)
     bad("resumed in another order", 2, ["sequential"], *resume, *data, "--sequential")
@@ -260,6 +261,9 @@ def test_contradictions(folder):
     bad("resumed without its data", 1, ["--data"], *resume)
     bad("more memory than there is", 1, ["training takes", "this machine has", "micro_batch_size"],
         "-b", 10 ** 6, "-l", 200)
+    sizes = [float(x) for x in re.findall(r"([\d.]+) MB", train("-b", 10 ** 6, "-l", 200).err)]
+    check("what training takes is the sum of its parts", len(sizes) == 6 and
+          abs(sum(sizes[:4]) - sizes[4]) < 0.3, sizes)
     bad("--init and --resume", 2, ["--init", "--resume"], *resume, "--init", here("a.bin"), *data)
     good("the built-in task", *SMALL, "-x", 1, "--eval_problems", 0, "-o", here("task.bin"))
     bad("resumed with data instead", 1, ["--data"], "--resume", here("task.bin"), *data)
@@ -355,7 +359,7 @@ def test_threads(folder):
     other = good("another seed", *wide, "--seed", 2, "-o", here("a.bin"))
     check("another seed makes another model", read(here("a.bin")) != first[0] and
           other.out != first[2])
-    for number in ("0", "x", "-1", "2,3"):
+    for number in ("0", "x", "-1", "2,3", "1000"):
         good(f"OMP_NUM_THREADS={number}", *SMALL, "-x", 1, "--eval_problems", 0,
              "-o", here("b.bin"), threads=number)
 
@@ -483,6 +487,9 @@ def test_completions(folder):
     check("unmarked", r.out == plain, r)
     r = good("another marker", *marked, "--show_loss", "--completion_marker", "nswer: f")
     check("it is marked", "[[q: e a]]nswer: f\n" in r.out and r.out.count("[[") == 1, r)
+    r = good("a marker that a document begins with", *marked, "--show_loss",
+             "--completion_marker", "q: a")
+    check("all of that document counts", r.out == plain, r)
     r = good("the built-in task", *TINY, "--show_val", 20, "--show_loss")
     shown = r.out.split(END)[:-1]
     check("its answers are learned", len(shown) == 20 and all(
@@ -574,6 +581,10 @@ def test_packing(folder):
     check("nor does a stop", read(here("one.bin")) == read(here("half.bin")))
     bad("other documents than before", 2, ["packing"], "--resume", here("half.bin"), "-d", text,
         "--packing", "true")
+    few = write(here("few"), "x" * 6000 + "\n" + END * 19)
+    for packing in ("false", "true"):
+        good("fewer than 20 documents, nearly all of them in the last 5 %", *SMALL, "-b", 1, "-x",
+             1, "-d", few, "--packing", packing, "-o", here("few.bin"))
 
 
 def test_best(folder):
@@ -627,8 +638,12 @@ def test_solved_text(folder):
     text = write(here("text"), END.join(docs))
     run = [*SMALL, "-b", 2, "-l", 40, "-d", text, "--completion_only_loss", "true", "-x", 1, "-o",
            here("a.bin")]
-    r = good("a text of answers", *run, "--eval_problems", 2)
-    check("has a solved rate", r.values().get("solved") is not None, r)
+    r = good("a text of answers", *run, "--eval_problems", 2, "--sample_steps", 1)
+    check("a sample answers a held-out question",
+          re.search(r"^--- step 1 ---\n\d+ and 1\?\n", r.err, re.M), r)
+    check("after a step nothing is solved", r.values().get("solved") == 0, r)
+    check("says what it trains", re.search("^model: d 16, L 2, E 4, K 2, C 2, S 1, .*own, ", r.err,
+                                           re.M), r)
     r = good("only where it is asked for", *run)
     check("no rate", "solved" not in r.values(), r)
     bad("a text without answers", 1, ["none", "####", "eval_problems"], *SMALL, "-l", 40, "-d",
@@ -866,6 +881,47 @@ def test_not_finite(folder):
     check("it is left alone, too", read(here("nan.bin")) == nan)
 
 
+def test_gradient_not_finite(folder):
+    """A loss that is a number, and gradients that are none: the step is named, nothing is saved."""
+    here = lambda name: os.path.join(folder, name)
+    good("a good run", *SMALL, "--eval_problems", 0, "-x", 1, "-o", here("a.bin"))
+    model = modelbin.parse(read(here("a.bin")))
+    weights = array("f", model.weights)
+    c = test_run.DEFAULT | {k: json.loads(v) if re.fullmatch(r"-?\d+|true|false|null", v) else v
+                            for k, v in model.config.items()}
+    at = 0
+    for name, copies, rows, cols in test_run.tensor_list(c, False):
+        n = copies * rows * cols
+        if "embed_tokens" in name:                      # tiny numbers, whose norms multiply
+            weights[at:at + n] = array("f", [1e-22 * x for x in weights[at:at + n]])
+        if "lm_head" in name:
+            weights[at:at + n] = array("f", [1e22 * x for x in weights[at:at + n]])
+        at += -(-4 * n // 64) * 16
+    config = model.config | {"rms_norm_eps": "1e-30"}
+    wild = modelbin.build(model._replace(config=config, weights=weights.tobytes()))
+    write(here("wild.bin"), wild)
+    r = train("--resume", here("wild.bin"), "-x", 3, "--log", here("log"))
+    check("a gradient that is not finite", r.code == 1 and "step 1" in r.last
+          and "gradient" in r.last and read(here("wild.bin")) == wild, r)
+    check("its step is not in the log", read(here("log")).count(b"\n") <= 1, read(here("log")))
+
+
+def test_denormal(folder):
+    """Moments that have faded away are no slower than others."""
+    here = lambda name: os.path.join(folder, name)
+    text = ["-d", write(here("text"), END.join(documents(40)))]
+    run = [*TINY, "--hidden_size", 64, "--moe_intermediate_size", 256, "-b", 1, "-l", 4]
+    good("a start", *run, *text, "-x", 1, "-o", here("a.bin"))
+    model, seconds = modelbin.parse(read(here("a.bin"))), []
+    for x in (1e-3, 1e-39):
+        moments = array("f", [x]) * (len(model.moments) // 4)
+        modelbin.write(here("b.bin"), model._replace(moments=moments.tobytes()))
+        start = time.monotonic()
+        good(f"moments of {x}", "--resume", here("b.bin"), *text, "-x", 300)
+        seconds.append(time.monotonic() - start)
+    check("denormal moments are not slow", seconds[1] < 5 * seconds[0] + 1, seconds)
+
+
 def test_no_gradient(folder):
     """A gradient of 0 everywhere is clipped to itself, and changes nothing but by decay."""
     here = lambda name: os.path.join(folder, name)
@@ -1014,9 +1070,6 @@ def test_output_faults(folder):
         "--log", here("no/log"))
     bad("a folder as output", 1, [folder], *run, "-o", folder)
     check("a folder as output: nothing is left", not os.path.exists(folder + ".tmp"))
-    if os.getuid():                                     # root may write anywhere
-        os.mkdir(here("locked"), 0o555)
-        bad("a read-only folder", 1, [here("locked")], *run, "-o", here("locked/a.bin"))
     for option in ("-o", "--log"):
         if not os.path.exists(here("pipe")):
             os.mkfifo(here("pipe"))
@@ -1039,6 +1092,82 @@ def test_output_faults(folder):
     done = subprocess.run(["sh", "-c", f"ulimit -s 256; {command}"], env=environment(),
                           capture_output=True)
     check("a small stack", done.returncode == 0, done.stderr)
+
+
+def test_permission(folder):
+    """A read-only folder, a read-only output, and files that may not be read, under a user to whom
+    that applies."""
+    here = lambda name: os.path.join(folder, name)
+    program, user = test_run.as_ordinary_user(folder, TRAIN)
+    for name in ("locked", "open"):
+        os.mkdir(here(name))
+    os.chmod(here("open"), 0o777)
+    run = [*SMALL, "-d", write(here("text"), END.join(documents(40))), "-x", 1]
+    good("a model", *run, "-o", here("locked/a.bin"))
+    before = read(here("locked/a.bin"))
+    os.chmod(here("locked"), 0o555)
+    more = {"program": program, **user}
+    good("a folder that may be written", *run, "-o", here("open/a.bin"), **more)
+    for option in ("-o", "--best", "--log"):
+        output = ["-o", here("open/a.bin")] if option != "-o" else []
+        bad(f"a read-only folder, {option}", 1, [here("locked/new"), "ermission"], *run, *output,
+            option, here("locked/new"), **more)
+    bad("--resume in a read-only folder", 1, [here("locked/a.bin"), "ermission"], "--resume",
+        here("locked/a.bin"), "-d", here("text"), "-x", 2, **more)
+    check("the read-only folder is as it was", os.listdir(here("locked")) == ["a.bin"] and
+          read(here("locked/a.bin")) == before)
+    os.chmod(here("open/a.bin"), 0o444)
+    kept = read(here("open/a.bin"))
+    bad("a read-only file", 1, [here("open/a.bin"), "ermission"], *run, "-o", here("open/a.bin"),
+        **more)
+    check("it stays", read(here("open/a.bin")) == kept and os.listdir(here("open")) == ["a.bin"])
+    secret = write(here("secret"), "x" * 999)
+    os.chmod(secret, 0)
+    for options in (["-d", secret], ["-d", here("text"), "--val", secret], ["--init", secret],
+                    ["--resume", secret], ["--tokenizer", secret]):
+        bad(f"no permission to read, {options[-2]}", 1, [secret, "ermission"], *SMALL, "-x", 1,
+            *options, "-o", here("open/b.bin"), **more)
+
+
+def test_locale(folder):
+    """A decimal comma changes nothing that is read or written."""
+    here = lambda name: os.path.join(folder, name)
+    there = test_run.comma_locale(folder)
+    if not there:
+        return                                          # another C library
+    results = []
+    for more in ({}, {"env": there | environment()}):
+        r = good("with a decimal comma", *SMALL, "--learning_rate", "0.0125", "-x", 2, "--log",
+                 here("l"), "--eval_problems", 2, "-o", here("a.bin"), **more)
+        results.append((r.out, read(here("a.bin")), read_log(here("l"))))
+        good("and resumed", "--resume", here("a.bin"), "-x", 3, **more)
+        results[-1] += (read(here("a.bin")),)
+    check("a decimal comma changes nothing", results[0] == results[1])
+    bad("0,5 is no number", 2, ["--learning_rate"], *SMALL, "--learning_rate", "0,5", env=there)
+
+
+def test_memory(folder):
+    """A small RLIMIT_AS: a line says how much was asked for, and for what; no output is touched."""
+    here = lambda name: os.path.join(folder, name)
+    if "san" in subprocess.run(["ldd", TRAIN], capture_output=True, text=True).stdout:
+        return                                          # the sanitizers take terabytes
+    text = write(os.path.join(tempfile.mkdtemp(dir=folder), "text"), END.join(documents(400)))
+    run = [*SMALL, "-l", 128, "-b", 32, "-d", text, "-x", 1]
+    write(here("a.bin"), "old")
+    files, ended = sorted(os.listdir(folder)), {0: 0, 1: 0}
+    for megabytes in (*range(2, 40, 2), 60, 400):
+        limit = lambda: resource.setrlimit(resource.RLIMIT_AS, (megabytes << 20, megabytes << 20))
+        r = train(*run, "-o", here("a.bin"), preexec_fn=limit)
+        if "shared libraries" in r.err:                 # with less it is not even loaded
+            continue
+        ended[r.code] = ended.get(r.code, 0) + 1
+        check(f"{megabytes} MB", r.code == 0 or r.code == 1 and re.search(
+            r"^train: out of memory: \d+\.\d MB for \w|^train: training takes \d.* MB|"
+            r"^libgomp: Out of memory allocating \d+ bytes", r.last), r)
+        check(f"{megabytes} MB: the output", (read(here("a.bin")) != b"old") == (r.code == 0) and
+              sorted(os.listdir(folder)) == files, os.listdir(folder))
+        write(here("a.bin"), "old")
+    check("some are too few, some enough", ended[0] and ended[1] and len(ended) == 2, ended)
 
 
 def main(names):
