@@ -1617,6 +1617,11 @@ def test_damaged_tokenizer(folder):
         refused += r.code == 1
         check("a damaged tokenizer", ends_well(r, True) and (r.code == 0 or bad in r.err), r)
     check("some damage is found", refused > 50, refused)
+    many = tokenizer_section([], [], [[[(0, SPACE, 1, 1)], [(0, DARK, 1, 1)] * 33]])
+    r = run(write_tiny(bad, 2, section=many, vocab_size=256, bos_token_id=-1, eos_token_id=-1),
+            "-m", "tokenize", "-i", "x")
+    check("a pattern of too many items is named", ends_well(r, False) and bad in r.err and
+          "alternative 1 of" in r.err and "more than 32 items" in r.err, r)
 
 
 def test_token_lengths(folder):
