@@ -411,23 +411,15 @@ INLINE void add_lanes_of_four(real total[4], const vec s[4]) {
 #endif
 }
 
-// s[t][k] += row row[k] of w times row t of x, lane by lane, for n rows of x and the columns from
-// begin to end, of which column `first` of w is the 0th; x is in the order of spread(). Four rows
-// of w keep enough loads on their way, and the next four are asked for early: the processor guesses
-// by itself what is read next only within a page of 4 KB.
-INLINE void add_products(vec s[][4], const real *x, size_t ldx, Matrix w, const size_t row[4],
-                         size_t first, size_t begin, size_t end, size_t n, enum Type type) {
-    const size_t P = per_word(type);
-    for (size_t i = begin; i < end; i += P * LANES) {
-        for (size_t k = 0; k < 4; k++)
-            __builtin_prefetch(place(w, row[k] + 4, first + i, type));
-        for (size_t part = 0; part < P; part++) {
-            vec wi[4];
-            for (size_t k = 0; k < 4; k++) wi[k] = load_part(w, row[k], first + i, part, type);
-            for (size_t t = 0; t < n; t++)
-                for (size_t k = 0; k < 4; k++)
-                    s[t][k] += load(x + t * ldx + i + part * LANES) * wi[k];
-        }
+// y[k] = the lanes of s[k] added up, and the columns from `whole` on, where column i of w is first
+// + i; or += with `add`. For the rows j + k of w that there are, k < 4.
+INLINE void finish_four(real *y, const vec s[4], const real *x, Matrix w, size_t j, size_t first,
+                        size_t whole, size_t in, size_t out, int add) {
+    real total[4];
+    add_lanes_of_four(total, s);
+    for (size_t k = 0; k < 4 && j + k < out; k++) {
+        for (size_t i = whole; i < in; i++) total[k] += x[i] * number(w, j + k, first + i);
+        y[k] = (add ? y[k] : 0) + total[k];
     }
 }
 
@@ -435,52 +427,82 @@ INLINE void add_products(vec s[][4], const real *x, size_t ldx, Matrix w, const 
 enum { FEW = PANEL_VECTORS == 4 ? 6 : 3 };
 
 // y[t][j .. j + 3] (of the `out` that there are) = rows j .. of w times row t of x, or += with
-// `add`, for n <= FEW rows of x and `in` columns of w from `first` on. In Q8, where n is 1, the sum
-// over a group is scaled.
+// `add`, for 2 to FEW rows of x and w in F32. Four rows of w at once make each load of x serve four
+// times, and the next four are asked for early: the processor guesses by itself what is read next
+// only within a page of 4 KB.
 INLINE void four_rows(real *y, size_t ldy, const real *x, size_t ldx, Matrix w, size_t j,
-                      size_t first, size_t in, size_t out, size_t n, int add, enum Type type) {
-    const size_t words = per_word(type) * LANES, whole = in / words * words;
+                      size_t in, size_t out, size_t n, int add) {
+    const size_t whole = in / LANES * LANES;
     size_t row[4];
     for (size_t k = 0; k < 4; k++) row[k] = j + k < out ? j + k : out - 1;
-    vec s[FEW][4], g[1][4];
+    vec s[FEW][4], sums[FEW][4];
     for (size_t t = 0; t < n; t++)
         for (size_t k = 0; k < 4; k++) s[t][k] = (vec){ 0 };
-    if (type == Q8)
-        for (size_t begin = 0; begin < whole; begin += GROUP) {
-            const size_t end = whole - begin < GROUP ? whole : begin + GROUP;
-            const float *scale = w.scale + (first + begin) / GROUP;
-            for (size_t k = 0; k < 4; k++) g[0][k] = (vec){ 0 };
-            add_products(g, x, ldx, w, row, first, begin, end, n, type);
-            for (size_t k = 0; k < 4; k++) s[0][k] += g[0][k] * scale[row[k] * groups_of(w.ld)];
+    for (size_t i = 0; i < whole; i += LANES) {
+        vec wi[4];
+        for (size_t k = 0; k < 4; k++) {
+            __builtin_prefetch(place(w, row[k] + 4, i, F32));
+            wi[k] = load_part(w, row[k], i, 0, F32);
         }
-    else
-        add_products(s, x, ldx, w, row, first, 0, whole, n, type);
-    vec sums[FEW][4];           // clang would not keep s in registers if it were used below
-    for (size_t t = 0; t < n; t++)
-        for (size_t k = 0; k < 4; k++) sums[t][k] = s[t][k];
-    for (size_t t = 0; t < n; t++) {
-        real total[4];
-        add_lanes_of_four(total, sums[t]);
-        for (size_t k = 0; k < 4 && j + k < out; k++) {
-            for (size_t i = whole; i < in; i++)
-                total[k] += x[t * ldx + i] * number(w, j + k, first + i);
-            y[t * ldy + j + k] = (add ? y[t * ldy + j + k] : 0) + total[k];
-        }
+        for (size_t t = 0; t < n; t++)
+            for (size_t k = 0; k < 4; k++) s[t][k] += load(x + t * ldx + i) * wi[k];
     }
+    for (size_t t = 0; t < n; t++)      // clang would not keep s in registers if it were used below
+        for (size_t k = 0; k < 4; k++) sums[t][k] = s[t][k];
+    for (size_t t = 0; t < n; t++)
+        finish_four(y + t * ldy + j, sums[t], x + t * ldx, w, j, 0, whole, in, out, add);
 }
 
-// four_rows() of one row of x, for a type known only now.
+// The lanes of row `row` of w times x, for the columns from begin to end, of which column `first`
+// of w is the 0th; in Q8 without the scale. What comes STREAM bytes later, often in the next row,
+// is asked for already.
+enum { STREAM = 2048 };
+INLINE vec row_times(const real *x, Matrix w, size_t row, size_t first, size_t begin, size_t end,
+                     enum Type type) {
+    const size_t P = per_word(type);
+    vec s = { 0 };
+    for (size_t i = begin; i < end; i += P * LANES) {
+        __builtin_prefetch((const char *)place(w, row, first + i, type) + STREAM);
+        for (size_t part = 0; part < P; part++)
+            s += load(x + i + part * LANES) * load_part(w, row, first + i, part, type);
+    }
+    return s;
+}
+
+// y[j .. j + 3] (of the `out` that there are) = rows j .. of w times x, or += with `add`, for `in`
+// columns of w from `first` on; x is in the order of spread(). Every number of w is used once, so
+// that reading w is all that counts, and memory is fastest where each thread reads on and on in one
+// direction: row by row. In Q8 the sum over a group is scaled.
+INLINE void single_rows(real *y, const real *x, Matrix w, size_t j, size_t first, size_t in,
+                        size_t out, int add, enum Type type) {
+    const size_t words = per_word(type) * LANES, whole = in / words * words;
+    vec sums[4];
+    for (size_t k = 0; k < 4; k++) {
+        const size_t row = j + k < out ? j + k : out - 1;
+        const float *scale = type == Q8 ? w.scale + row * groups_of(w.ld) + first / GROUP : NULL;
+        vec s = { 0 };
+        size_t i = 0;               // with Q8 a group at a time, in a loop that a compiler unrolls
+        for (; type == Q8 && i + GROUP <= whole; i += GROUP)
+            s += row_times(x, w, row, first, i, i + GROUP, type) * *scale++;
+        if (i < whole)
+            s += row_times(x, w, row, first, i, whole, type) * (type == Q8 ? *scale : 1);
+        sums[k] = s;
+    }
+    finish_four(y + j, sums, x, w, j, first, whole, in, out, add);
+}
+
+// single_rows() for a type known only now.
 WIDE static void rows_of(real *y, const real *x, Matrix w, size_t j, size_t first, size_t in,
                          size_t out, int add) {
-    if (w.type == F32) four_rows(y, 0, x, 0, w, j, first, in, out, 1, add, F32);
-    else if (w.type == BF16) four_rows(y, 0, x, 0, w, j, first, in, out, 1, add, BF16);
-    else four_rows(y, 0, x, 0, w, j, first, in, out, 1, add, Q8);
+    if (w.type == F32) single_rows(y, x, w, j, first, in, out, add, F32);
+    else if (w.type == BF16) single_rows(y, x, w, j, first, in, out, add, BF16);
+    else single_rows(y, x, w, j, first, in, out, add, Q8);
 }
 
 // Rows 4 four .. of w in y = x w^T, which is what g says, for 2 to FEW rows of x at once.
 WIDE static void rows_at_once(const Gemm *g, size_t four) {
 #define ROWS(m) case m: \
-    four_rows(g->c, g->ldc, g->a, g->ai, g->b, 4 * four, 0, g->K, g->N, m, g->add, F32); break;
+    four_rows(g->c, g->ldc, g->a, g->ai, g->b, 4 * four, g->K, g->N, m, g->add); break;
     switch (g->M) {
         ROWS(2) ROWS(3)
 #if PANEL_VECTORS == 4
