@@ -90,8 +90,8 @@ def builds():
     """What is compiled: (file in build/, command without the output, sources)."""
     yield "coe.o", f"{BUILD} -c", "coe.c"               # it compiles alone
     yield "run-generic", f"{CC} -O3", "run.c"           # as the README says
-    yield "run-single", f"{CC} -O3", "build/run-single.c"
-    yield "train-single", SERIAL, "build/train-single.c"
+    yield "run-single", f"{CC} -O1", "build/run-single.c"
+    yield "train-single", f"{CC} -O1", "build/train-single.c"
     yield "run-plain", f"{BUILD} -DPLAIN", "run.c"
     yield "train-serial", SERIAL, "train.c"
     yield "dump_grads", BUILD, "tests/dump_grads.c"
@@ -310,7 +310,8 @@ def main():
         check_contents()
         check_house()
         check_faults()
-        groups = [(f"build/{name}", [f"build/{name}", *args]) for name, *args in (
+        groups = [("test_docs.py", [python_with(*EXPORT) or sys.executable, "tests/test_docs.py"])]
+        groups += [(f"build/{name}", [f"build/{name}", *args]) for name, *args in (
             ("test_model_debug", "5"), ("test_ops_debug",), ("test_grad",), ("test_ops",),
             ("test_ops_double",), ("test_model",), ("test_model_double",)) if name in built]
         if not built & {"test_ops_debug"}:
@@ -321,11 +322,9 @@ def main():
                             ("test_failing", "./train", "./run"), ("test_task", "./train"),
                             ("test_bench", "./train", "./run", "build/bench")):
             groups.append((name + ".py", [sys.executable, f"tests/{name}.py", *args]))
-        groups.append(("test_docs.py", [python_with(*EXPORT) or sys.executable,
-                                        "tests/test_docs.py"]))
         groups.append(("test_experiments.py", [python_with("matplotlib") or sys.executable,
                                                "tests/test_experiments.py", "./train", "./run"]))
-        list(pool.map(run_tests, [*of_packages, *groups]))
+        list(pool.map(run_tests, [*groups, *of_packages]))      # the longest first
     print(f"{time.monotonic() - start:.0f} s")
     print("{passed} passed, {failed} failed, {skipped} skipped".format(**total))
     return total["failed"] > 0
