@@ -17,11 +17,14 @@ WARN="-Wall -Wextra -Werror -Wno-unused-function -Wno-unknown-pragmas"
 
 # compile NAME COMMAND...: run and train with a compiler; a test needs dump_grads.
 compile() {
-    local name=$1 program
+    local name=$1 program job jobs=() bad=0
     shift
     for program in run.c train.c tests/dump_grads.c; do
-        "$@" $WARN -o "build/ports/$name-$(basename "$program" .c)" "$program" -lm || return
+        "$@" $WARN -o "build/ports/$name-$(basename "$program" .c)" "$program" -lm &
+        jobs+=($!)
     done
+    for job in "${jobs[@]}"; do wait "$job" || bad=1; done
+    return $bad
 }
 # under NAME EMULATOR...: (with $exe at the end of the programs' names) scripts that call the programs of a port through its emulator.
 under() {
