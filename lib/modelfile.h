@@ -409,6 +409,11 @@ static void read_header(Model *m, Header *h, const char *path, FILE *file, uint6
     if (!alone && (uint64_t)m->config.num_hidden_layers * 64 > file_bytes)
         fail(FAILED, "%s: num_hidden_layers is %zu, more than a file of %llu bytes holds",
              path, m->config.num_hidden_layers, (unsigned long long)file_bytes);
+    // With this, all sizes fit size_t, because that of the file does.
+    if (h->files_bytes > file_bytes || h->tokenizer_bytes > file_bytes ||
+        h->state_bytes > file_bytes)
+        fail(FAILED, "%s: is %llu bytes long, one of its sections longer: header and file disagree",
+             path, (unsigned long long)file_bytes);
     if (!alone) m->w = weights_layout(&m->config, m->upcycled, (enum Type)h->weight_type);
     const size_t before = (size_t)(h->version == 1 ? VERSION_1_BYTES
                                                    : HEADER_BYTES + h->config_bytes);

@@ -14,6 +14,7 @@ export OMP_WAIT_POLICY=passive PYTHONDONTWRITEBYTECODE=1
 
 step fuzz-planted tests/fuzz/run.py --planted
 step fuzz-long tests/fuzz/run.py 1200
+step windows-long env LONG=1 tests/ports.sh windows
 step import-long build/venv/bin/python tests/test_import.py "${1:-$RANDOM}"
 if [ -n "${REFERENCE:-}" ]; then
     step torchrun-reference "${PYTHON:-python3}" tests/test_torchrun.py --reference "$REFERENCE"
