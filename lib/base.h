@@ -12,9 +12,7 @@
 #ifndef _XOPEN_SOURCE
 #define _XOPEN_SOURCE 700               // POSIX of 2008, and realpath()
 #endif
-#ifndef _FILE_OFFSET_BITS
 #define _FILE_OFFSET_BITS 64            // files beyond 2 GB, where long has 32 bits
-#endif
 #if defined(__FAST_MATH__) || (defined(__FINITE_MATH_ONLY__) && __FINITE_MATH_ONLY__)
 #error "compile without -ffast-math (or -Ofast): sums would change, and NaN would go unnoticed"
 #endif
@@ -162,11 +160,10 @@ enum { MOST_THREADS = 1024 };
 
 static struct {
     int all, working;           // threads that there are, and that are at work
-    bool watched;               // whether `working` follows what others leave, see below
+    bool watched, said;         // whether `working` follows what others leave; a line was printed
     double start, cpu;          // when the present stretch of time began, and processor time then
     double inside, begin;       // how much of it was spent in loops, and when the last one began
     double pause, again;        // how long to wait before all try again, and when that is
-    bool said;
 } team;
 
 #ifdef _OPENMP
@@ -261,8 +258,7 @@ static void team_ends(void) {
 }
 #else
 static void try_all_threads(double now) { (void)now; }
-static void team_begins(void) {}
-static void team_ends(void) {}
+static void team_begins(void) {} static void team_ends(void) {}
 #endif
 
 // ---- sharing out work ---------------------------------------------------------------------------
