@@ -221,24 +221,27 @@ static void watch(double now) { team.start = now, team.cpu = cpu_seconds(), team
 
 // Lets all threads try again. The stretch that ends says what the others cost: a line, if it lasts.
 static void try_all_threads(double now) {
-    if (team.pause > WORTH_A_LINE && !team.said) {
+    const double stretch = now - team.start;
+    if (team.pause > WORTH_A_LINE && !team.said && stretch < team.pause) {  // no wait for a user
         team.said = true;
         fprintf(stderr, "%s%s: other programs keep this machine busy: %d of %d threads work%s, and "
                 "it takes %.1f times as long as it would alone\n",
                 stderr_is_terminal() ? "\n" : "", program, team.working, team.all,
                 team.working == 1 ? "s" : "",
-                team.all * (now - team.start) / (cpu_seconds() - team.cpu));
+                team.all * stretch / (cpu_seconds() - team.cpu));
     }
     team.working = team.all;
     watch(now);
 }
 
-// Where a loop on all threads begins, and where it ends.
+// Called before a loop that threads share.
 static void team_begins(void) {
     if (!team.watched) return;
     team.begin = seconds();
     if (team.working < team.all && team.begin >= team.again) try_all_threads(team.begin);
 }
+
+// Called after it: says how many threads work from now on, once a stretch of time is over.
 static void team_ends(void) {
     if (!team.watched) return;
     const double now = seconds(), stretch = now - team.start;

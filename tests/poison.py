@@ -21,6 +21,7 @@ import tempfile
 sys.dont_write_bytecode = True
 import test_run
 from races import KINDS, MODEL
+from test_run import check
 from test_train import END, documents, write
 
 HERE = os.path.dirname(os.path.abspath(__file__))
@@ -34,15 +35,6 @@ FOR_VALGRIND = f"{CC} -O1 -g -march=haswell -DLEFT_UNWRITTEN -Wno-unknown-pragma
 POISON = ["-include", os.path.join(HERE, "nan_calloc.h"), "-w"]
 GOLDEN = (("coe", "f32"), ("v3-routing", "q8"), ("upcycled", "bf16"), ("dense-experts", "q8"),
           ("prenorm-chain", "f32"))
-
-passed = failed = 0
-
-
-def check(what, ok, detail=""):
-    global passed, failed
-    passed, failed = passed + bool(ok), failed + (not ok)
-    if not ok:
-        print(f"FAILED: {what}: {detail}")
 
 
 def build(kind, compiler):
@@ -159,8 +151,8 @@ def main():
                           what not in compare(right, found),
                           (found[what][0], found[what][3][-300:]))
     shutil.rmtree(FOLDER, ignore_errors=True)
-    print(f"{passed + test_run.passed} passed, {failed + test_run.failed} failed")
-    return failed + test_run.failed > 0
+    print(f"{test_run.passed} passed, {test_run.failed} failed")
+    return test_run.failed > 0
 
 
 if __name__ == "__main__":

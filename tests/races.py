@@ -17,6 +17,7 @@ import sys
 
 sys.dont_write_bytecode = True
 import test_run
+from test_run import check
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 FOLDER = os.path.join(ROOT, "build", "races")
@@ -44,15 +45,6 @@ KINDS = {
     "groups, documents": ["--topk_method", "group_limited_greedy", "--n_group", "2", "--topk_group",
                           "1", "--packing", "false"],
     "completions, no shared expert": ["--completion_only_loss", "true", "--n_shared_experts", "0"]}
-
-passed = failed = 0
-
-
-def check(what, ok, detail=""):
-    global passed, failed
-    passed, failed = passed + bool(ok), failed + (not ok)
-    if not ok:
-        print(f"FAILED: {what}: {detail}")
 
 
 def sources(name, *changes):
@@ -140,8 +132,8 @@ def main():
         check(f"a planted race, {name}, is found", code == 66 and "data race" in err,
               f"exit {code}\n{err[-500:]}")
     shutil.rmtree(FOLDER, ignore_errors=True)
-    print(f"{passed} passed, {failed} failed")
-    return failed > 0
+    print(f"{test_run.passed} passed, {test_run.failed} failed")
+    return test_run.failed > 0
 
 
 if __name__ == "__main__":
